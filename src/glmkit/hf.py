@@ -1,0 +1,58 @@
+"""The only door to transformers: every symbol the project uses enters here, each for a stated reason.
+
+The official remote code of these models broke with release after release, always at an edge to transformers and never
+in the mathematics. So the edges are kept in one place; `tests/test_hf_contract.py` names the one that moved.
+"""
+
+from __future__ import annotations
+
+from transformers import (  # public classes that users' code meets
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache  # the caches that models accept
+from transformers.generation import LogitsProcessor, LogitsProcessorList  # what chat() hands to generate
+from transformers.masking_utils import create_causal_mask  # masks for every cache kind and attention back end
+from transformers.modeling_layers import GradientCheckpointingLayer  # activation checkpointing per block
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # attention back ends beside our own two
+from transformers.tokenization_utils_base import BatchEncoding
+from transformers.tokenization_utils_tokenizers import TokenizersBackend  # fast tokenizers
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "AutoConfig",
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoTokenizer",
+    "BaseModelOutputWithPast",
+    "BatchEncoding",
+    "Cache",
+    "CacheLayerMixin",
+    "CausalLMOutputWithPast",
+    "DynamicCache",
+    "GenerationConfig",
+    "GenerationMixin",
+    "GradientCheckpointingLayer",
+    "LogitsProcessor",
+    "LogitsProcessorList",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+    "SequenceClassifierOutputWithPast",
+    "TokenizersBackend",
+    "create_causal_mask",
+]

@@ -1,0 +1,419 @@
+"""ChatGLM2-6B, ChatGLM2-6B-32K, ChatGLM3-6B and GLM-4-9B: one network, read top-down.
+
+    ids (B, T)
+     | embedding                                     x = E[ids]
+     |
+     +-----------------+   block, num_layers times
+     | input_layernorm |   RMSNorm
+     | self_attention  |   q, k, v in one product, H query heads, K key/value heads; rotary on half of each head
+     +--------(+)------+   x = x + attention
+     | post_attention_ |
+     | layernorm, mlp  |   silu(gate) * up, gate and up in one product (gate first)
+     +--------(+)------+   x = x + mlp
+     |
+     | final_layernorm
+     | output_layer                                  logits = W x   (not tied to E)
+
+Letters: `B` batch, `T` new tokens, `S` all keys, `P` prefix columns, `H` query heads, `K` key/value heads, `D` head
+width (`kv_channels`), `C` hidden, `F` inner (`ffn_hidden_size`), `V` vocabulary rows.
+
+Modules and parameters carry the names of the official checkpoints, so loading and saving rename nothing.
+
+Source: modeling_chatglm.py of ChatGLM2-6B (2023-09-08), ChatGLM2-6B-32K (2023-08-24) and ChatGLM3-6B (2023-12-07).
+What differs on purpose: tensors are batch-first, rotary angles are always computed in float32 (the generation 2 code
+rounds positions above 2,048 in float16), the loss stays in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glmkit import hf
+from glmkit.models.chatglm2_config import ChatGLM2Config
+from glmkit.models.layers import ATTENTION, RMSNorm, rotary_angles, rotate_pairs
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, T, D/4)
+Prefix = tuple[Tensor, Tensor]  # keys and values, each (B, K, P, D)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with half-rotated heads."""
+
+    def __init__(self, config: ChatGLM2Config, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.heads, self.groups, self.width = config.num_attention_heads, config.multi_query_group_num, config.kv_channels
+        self.query_size, self.key_size = self.heads * self.width, self.groups * self.width
+        bias = config.add_bias_linear
+        self.query_key_value = nn.Linear(
+            config.hidden_size, self.query_size + 2 * self.key_size, bias=bias or config.add_qkv_bias
+        )
+        self.dense = nn.Linear(self.query_size, config.hidden_size, bias=bias)
+        self.attend = ATTENTION[config._attn_implementation or "sdpa"]
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rotary: Rotary, cache: hf.Cache | None, prefix: Prefix | None
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.query_key_value(x).split((self.query_size, self.key_size, self.key_size), dim=-1)
+        q = rotate_pairs(q.view(B, T, self.heads, self.width), *rotary).transpose(1, 2)  # (B, H, T, D)
+        k = rotate_pairs(k.view(B, T, self.groups, self.width), *rotary).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, self.groups, self.width).transpose(1, 2)  # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_index)  # (B, K, S, D)
+        if prefix is not None:  # in front of all tokens, never rotated, never in the cache
+            k = torch.cat((prefix[0].to(k.dtype), k), dim=2)  # (B, K, P+S, D)
+            v = torch.cat((prefix[1].to(v.dtype), v), dim=2)
+        return self.dense(self.attend(q, k, v, mask).reshape(B, T, self.query_size))
+
+
+class MLP(nn.Module):
+    """`W (silu(gate) * up)`, gate and up packed in that order in `dense_h_to_4h`."""
+
+    def __init__(self, config: ChatGLM2Config) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.add_bias_linear)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.add_bias_linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.dense_h_to_4h(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.dense_4h_to_h(F.silu(gate) * up)
+
+
+class Block(hf.GradientCheckpointingLayer):
+    """One transformer block; under activation checkpointing its forward is recomputed in the backward pass."""
+
+    def __init__(self, config: ChatGLM2Config, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = SelfAttention(config, layer_index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rotary: Rotary, cache: hf.Cache | None, prefix: Prefix | None
+    ) -> Tensor:
+        x = x + self.self_attention(self.input_layernorm(x), mask, rotary, cache, prefix)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Embedding(nn.Module):
+    """Holds the table under its official name."""
+
+    def __init__(self, config: ChatGLM2Config) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+
+class Encoder(nn.Module):
+    """Holds the blocks and the last norm under their official names."""
+
+    def __init__(self, config: ChatGLM2Config) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
+
+
+class PrefixEncoder(nn.Module):
+    """P-Tuning v2: learned keys and values in front of every layer's own (Liu et al. 2021, arXiv:2110.07602).
+
+    A row of the table is laid out layer by layer, key before value: view (P, 2 * num_layers, K, D).
+    """
+
+    def __init__(self, config: ChatGLM2Config, length: int) -> None:
+        super().__init__()
+        self.shape = (length, 2 * config.num_layers, config.multi_query_group_num, config.kv_channels)
+        row = self.shape[1] * self.shape[2] * self.shape[3]
+        self.embedding = nn.Embedding(length, row)
+        self.trans = (
+            nn.Sequential(nn.Linear(row, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, row))
+            if config.prefix_projection
+            else None
+        )
+
+    def forward(self, batch: int) -> list[Prefix]:
+        """Returns one (keys, values) per layer, each (B, K, P, D); dropout 0.1 while training, as official."""
+        rows = self.embedding.weight if self.trans is None else self.trans(self.embedding.weight)
+        columns = rows.view(self.shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
+        columns = F.dropout(columns, 0.1, self.training)  # (2L, B, K, P, D)
+        return list(zip(columns[0::2], columns[1::2]))
+
+
+class ChatGLM2PreTrainedModel(hf.PreTrainedModel):
+    """What transformers needs to know about the network."""
+
+    config_class = ChatGLM2Config
+    config: ChatGLM2Config
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _keys_to_ignore_on_load_unexpected = (r"rotary_pos_emb\.inv_freq",)  # a constant that old checkpoints store
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: ChatGLM2Config) -> None:
+        config.check()
+        super().__init__(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+class ChatGLM2Model(ChatGLM2PreTrainedModel):
+    """The network up to the final norm; it also holds `output_layer`, as the official class does."""
+
+    def __init__(self, config: ChatGLM2Config) -> None:
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.encoder = Encoder(config)
+        self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        if config.pre_seq_len:  # P-Tuning trains the prefix alone
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config, config.pre_seq_len)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: hf.Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> hf.BaseModelOutputWithPast | tuple[Any, ...]:
+        """Runs the blocks.
+
+        Args:
+            input_ids: (B, T) int64.
+            attention_mask: (B, S) 1 for tokens, 0 for padding. None: no padding.
+            position_ids: (B, T). None: counted from the length of the cache, padding included.
+            past_key_values: Keys and values of earlier tokens; it is extended in place.
+            inputs_embeds: (B, T, C) instead of input_ids.
+            use_cache: Whether to make a cache if none is given. None: the config's choice outside training.
+            output_hidden_states: Whether to return the embeddings and every block's output, the last before the norm.
+            return_dict: False returns a tuple.
+
+        Returns:
+            last_hidden_state (B, T, C) after the final norm, past_key_values, hidden_states (num_layers + 1 tensors).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embedding.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        checkpointing = self.gradient_checkpointing and self.training
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if past_key_values is None and use_cache and not checkpointing:
+            past_key_values = hf.DynamicCache(config=self.config)
+        if position_ids is None:
+            start = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(x.shape[1], device=x.device) + start).unsqueeze(0)
+        encoder = getattr(self, "prefix_encoder", None)
+        prefixes: list[Any] = [None] * self.config.num_layers if encoder is None else encoder(x.shape[0])
+        mask = self.attention_mask(x, attention_mask, past_key_values)
+        rotary = self.rotary(position_ids, x.dtype)
+        hidden_states = [x]
+        for block, prefix in zip(self.encoder.layers, prefixes):
+            x = block(x, mask, rotary, past_key_values, prefix)
+            hidden_states.append(x)
+        output = hf.BaseModelOutputWithPast(
+            last_hidden_state=self.encoder.final_layernorm(x),
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if _either(output_hidden_states, self.config.output_hidden_states) else None,
+        )
+        return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
+        """Half of each head rotates; `rope_ratio` stretches the positions or the base, as the config decides."""
+        cos, sin = rotary_angles(position_ids, self.config.kv_channels // 2, *self.config.rotary_base_and_scale())
+        return cos.to(dtype), sin.to(dtype)
+
+    def attention_mask(self, x: Tensor, attention_mask: Tensor | None, cache: hf.Cache | None) -> Tensor | None:
+        """Causal mask with padding; prefix columns in front are seen by all. None where plain causality is enough.
+
+        Rows of padding in a first prefill see everything, as in the official code, so that no softmax is empty.
+        """
+        columns = self.config.pre_seq_len or 0
+        mask = hf.create_causal_mask(self.config, x, attention_mask, cache, allow_is_causal_skip=columns == 0)
+        if mask is None:
+            return None
+        visible = 1 if mask.dtype == torch.bool else 0
+        if columns:
+            return torch.cat((mask.new_full((*mask.shape[:3], columns), visible), mask), dim=-1)  # (B, 1, T, P+S)
+        if attention_mask is not None and attention_mask.ndim == 2 and (cache is None or not cache.get_seq_length()):
+            padding = attention_mask[:, None, -x.shape[1] :, None] == 0  # (B, 1, T, 1)
+            mask = mask.masked_fill(padding, visible)
+        return mask
+
+
+class ChatGLM2ForCausalLM(ChatGLM2PreTrainedModel, hf.GenerationMixin):
+    """The language model. `chat`, `stream_chat` and `quantize` are joined to it in glmkit.registration."""
+
+    def __init__(self, config: ChatGLM2Config) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLM2Model(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.transformer.output_layer
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.transformer.output_layer = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: hf.Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> hf.CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, and the loss if labels are given.
+
+        Args:
+            labels: (B, T), position t + 1 is the target of position t, -100 is no target.
+            logits_to_keep: Number of last positions (0: all), or a 1-D tensor of positions, to compute logits for.
+            num_items_in_batch: Divisor of the summed loss; None: the number of targets.
+            (others): As in `ChatGLM2Model.forward`.
+
+        Returns:
+            loss (float32 scalar), logits (B, T or kept, V), past_key_values, hidden_states.
+        """
+        output = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden = output.last_hidden_state
+        logits = self.transformer.output_layer(hidden if isinstance(kept, int) else hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss_sum, targets = self._loss(hidden, labels)
+            loss = loss_sum / (targets if num_items_in_batch is None else num_items_in_batch)
+        result = hf.CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result if _either(return_dict, self.config.return_dict) else result.to_tuple()
+
+    def label_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Summed cross entropy in float32, with logits at label positions only: the training loss.
+
+        Args:
+            input_ids: (B, T) int64.
+            labels: (B, T), not shifted: position t + 1 is the target of position t; -100 is no target.
+            attention_mask: (B, T) or None. Right padding needs none: nothing looks at what comes later.
+            position_ids: (B, T) or None.
+
+        Returns:
+            The sum over all targets (float32 scalar) and their number.
+        """
+        hidden = self.transformer(input_ids, attention_mask, position_ids, use_cache=False).last_hidden_state
+        return self._loss(hidden, labels)
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        targets = labels[:, 1:].to(hidden.device)
+        chosen = targets != -100
+        logits = self.transformer.output_layer(hidden[:, :-1][chosen]).float()  # (targets, V)
+        return F.cross_entropy(logits, targets[chosen], reduction="sum"), int(chosen.sum())
+
+
+class ChatGLM2ForSequenceClassification(ChatGLM2PreTrainedModel):
+    """A linear head on the last position, so batches must be padded on the left. Source: the official ChatGLM2 class."""
+
+    def __init__(self, config: ChatGLM2Config) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLM2Model(config)
+        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: hf.Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> hf.SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Class logits (B, num_labels) and, with labels, the loss that `problem_type` or the labels' dtype ask for."""
+        output = self.transformer(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier_head(self.dropout(output.last_hidden_state[:, -1])).float()
+        result = hf.SequenceClassifierOutputWithPast(
+            loss=None if labels is None else self._loss(logits, labels.to(logits.device)),
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result if _either(return_dict, self.config.return_dict) else result.to_tuple()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        kind = self.config.problem_type
+        if kind is None:
+            integers = labels.dtype in (torch.int64, torch.int32)
+            kind = "single_label_classification" if integers else "multi_label_classification"
+            kind = "regression" if self.config.num_labels == 1 else kind
+        if kind == "regression":
+            return F.mse_loss(logits.squeeze(), labels.squeeze().float())
+        if kind == "single_label_classification":
+            return F.cross_entropy(logits, labels.view(-1).long())
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+
+
+def _either(choice: bool | None, default: bool | None) -> bool:
+    return bool(default if choice is None else choice)
