@@ -6,6 +6,8 @@ in the mathematics. So the edges are kept in one place; `tests/test_hf_contract.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import (  # public classes that users' code meets
     AutoConfig,
     AutoModel,
@@ -30,6 +32,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # attention back ends beside our own two
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend  # fast tokenizers
+from transformers.utils import cached_file  # single files of a hub id, with transformers' cache and offline rules
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
@@ -54,5 +57,13 @@ __all__ = [
     "PreTrainedModel",
     "SequenceClassifierOutputWithPast",
     "TokenizersBackend",
+    "cached_file",
     "create_causal_mask",
+    "set_generation_config",
 ]
+
+
+def set_generation_config(model: GenerationMixin, folder: Path) -> None:
+    """Gives a model the folder's generation_config.json, if there is one, as transformers' own loader does."""
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -178,11 +178,16 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         self.embedding = Embedding(config)
         self.encoder = Encoder(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
-        if config.pre_seq_len:  # P-Tuning trains the prefix alone
-            self.requires_grad_(False)
+        if config.pre_seq_len:
             self.prefix_encoder = PrefixEncoder(config, config.pre_seq_len)
+            self.freeze_all_but_prefix()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def freeze_all_but_prefix(self) -> None:
+        """P-Tuning trains the prefix alone."""
+        self.requires_grad_(False)
+        self.prefix_encoder.requires_grad_(True)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.word_embeddings

@@ -1,0 +1,433 @@
+"""From a name or folder to a model that is ready to use: the only loader.
+
+The gate (`checkpoint.open_folder`) has checked every file before anything is allocated; then the model is built without
+memory, and the tensors are read one at a time straight into their dtype, device and, if asked for, quantised form.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from glmkit import hf
+from glmkit.checkpoint import Folder, check_tensors, open_folder
+from glmkit.errors import CheckpointError, ConfigError, UsageError
+from glmkit.families import Family, find_family
+from glmkit.location import locate
+from glmkit.models.chatglm2 import ChatGLM2ForCausalLM, ChatGLM2PreTrainedModel
+from glmkit.models.chatglm2_config import ChatGLM2Config
+from glmkit.quant.official import OfficialQuantizedLinear, is_quantised_layer, quantize_model, quantize_rows
+from glmkit.registration import register
+from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+
+_QUANTIZE = {"official-int8": 8, "official-int4": 4}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "half": torch.float16}
+_SMALL_BYTES = 10**9  # below it a CPU computes float16 checkpoints in float32
+
+# Names that people type from other tools, and ours.
+_SYNONYMS = {
+    "torch_dtype": "dtype",
+    "adapter_path": "adapter",
+    "adapter_name_or_path": "adapter",
+    "lora": "adapter",
+    "lora_path": "adapter",
+    "peft_model_id": "adapter",
+    "ptuning_checkpoint": "adapter",
+    "device_map": "device",
+    "quantization": "quantize",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with everything that belongs to it; it unpacks as `model, tokenizer`.
+
+    Args:
+        model: The language model, in eval mode.
+        tokenizer: Its tokenizer, which also knows its chat format; None if the folder has none.
+        family: Its row of the families table, None for a model of no known name.
+        config: Its config.
+        path: The folder it was loaded from.
+        adapter: The adapter's folder, if any.
+    """
+
+    model: ChatGLM2ForCausalLM
+    tokenizer: ChatGLMTokenizer
+    family: Family | None
+    config: ChatGLM2Config
+    path: Path
+    adapter: Path | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.tokenizer))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def chat(self, messages: Any, **options: Any) -> Any:
+        """Answers a question or a list of messages; see `glmkit.chat.conversation.reply_to`."""
+        from glmkit.chat.conversation import reply_to
+
+        return reply_to(self.model, self.tokenizer, messages, **options)
+
+    def stream(self, messages: Any, **options: Any) -> Any:
+        """Like `chat`, piece by piece; see `glmkit.chat.conversation.stream_reply`."""
+        from glmkit.chat.conversation import stream_reply
+
+        return stream_reply(self.model, self.tokenizer, messages, **options)
+
+
+def load(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    quantize: str | None = None,
+    *,
+    family: str | None = None,
+    revision: str | None = None,
+    download: bool = False,
+    **others: Any,
+) -> Loaded:
+    """Loads a model and its tokenizer.
+
+    Args:
+        path: A folder, a family name ("chatglm3-6b", looked up under GLMKIT_MODELS and in the hub cache), or a hub id.
+        adapter: A LoRA folder (PEFT) or a P-Tuning v2 checkpoint; which one it is, and its sizes, are read from it.
+        dtype: "auto", "float32", "bfloat16", "float16" or a torch dtype. "auto" is the checkpoint's own; on a CPU
+            float16, which CPUs compute slowly, becomes float32 below 1 GB of weights and bfloat16 above.
+        device: "auto" (the accelerator if there is one, else the CPU), "cpu", "cuda:1", "npu" …
+        quantize: None, "official-int8" or "official-int4" (row-wise, done while loading).
+        family: Overrules the folder's own signs, e.g. "chatglm2-6b-32k" for a folder that does not say what it is.
+        revision: Branch, tag or commit if the model comes from the hub.
+        download: Whether a bare family name may be fetched.
+        **others: Names of these arguments from other tools (torch_dtype, adapter_path, load_in_4bit …).
+
+    Returns:
+        A `Loaded`.
+
+    Raises:
+        UsageError: An unknown name or argument.
+        CheckpointError: A damaged or foreign folder, with everything that is wrong with it.
+        ConfigError: A config that asks for what is not computed.
+    """
+    arguments = _accept_synonyms(
+        {"adapter": adapter, "dtype": dtype, "device": device, "quantize": quantize}, others
+    )
+    adapter, dtype, device, quantize = (arguments[name] for name in ("adapter", "dtype", "device", "quantize"))
+    register()
+    row = _family_argument(family) or find_family(str(path))
+    location = locate(path, download=download, revision=revision)
+    bits = _bits(quantize)
+    with ExitStack() as opened:
+        folder = opened.enter_context(open_folder(location))
+        config = read_config(folder, row)
+        row = row or find_family(str(folder.config.get("_name_or_path", "")))
+        extra = opened.enter_context(_open_adapter(Path(adapter))) if adapter is not None else None
+        prefix = extra if extra is not None and _is_prefix(extra) else None
+        if prefix is not None:
+            _size_prefix(config, prefix)
+        target = choose_device(device)
+        model = load_model(
+            folder, ChatGLM2ForCausalLM, config, choose_dtype(dtype, folder, target), target, quantize=bits, prefix=prefix
+        )
+        if extra is not None and prefix is None:
+            _add_lora(model, extra)
+    tokenizer = ChatGLMTokenizer.from_pretrained(str(location), generation=config.generation)
+    if config.generation is None:
+        config.generation = tokenizer.generation
+    return Loaded(model, tokenizer, row, config, location, None if adapter is None else Path(adapter))
+
+
+def load_model(
+    folder: Folder,
+    cls: type[ChatGLM2PreTrainedModel],
+    config: ChatGLM2Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantize: int | None = None,
+    prefix: Folder | None = None,
+) -> Any:
+    """Builds the model on the meta device and fills it, one tensor in memory at a time.
+
+    Args:
+        folder: The opened checkpoint.
+        cls: Which model class.
+        config: Its config.
+        dtype: Floating dtype of the result (quantised weights and their scales keep theirs).
+        device: Where the tensors go.
+        quantize: 4 or 8 to quantise each block's linears as they are read.
+        prefix: An opened P-Tuning checkpoint whose tensors complete the folder's.
+
+    Raises:
+        CheckpointError: Missing, unexpected or misshapen tensors, all of them.
+    """
+    stored_bits = config.quantization_bit or 0
+    if stored_bits and quantize not in (None, stored_bits):
+        raise UsageError(
+            f"the checkpoint is already quantised to {stored_bits} bits, so it cannot become {quantize} bits",
+            hint="leave out quantize, or load the unquantised checkpoint",
+        )
+    with torch.device("meta"):
+        model = cls(config)
+        if stored_bits:
+            config.quantization_bit = 0
+            quantize_model(model, stored_bits)
+    check_model(folder, model, also_in=prefix)
+    bits = quantize if quantize != stored_bits else None
+    for source in (folder, prefix) if prefix is not None else (folder,):
+        for name, tensor in source.read([name for name in source.tensors if not _is_ignored(name)]):
+            _place(model, name, tensor, dtype, device, bits)
+    if bits:
+        model.config.quantization_bit = bits
+    hf.set_generation_config(model, folder.path)
+    return model.eval()
+
+
+def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = None, new: tuple[str, ...] = ()) -> None:
+    """Compares a folder's tensors with a model's, names and shapes, before anything is read.
+
+    Args:
+        folder: The opened checkpoint.
+        model: The model, best on the meta device.
+        also_in: A second folder whose tensors may complete it.
+        new: Beginnings of names that may be missing, because they start untrained.
+
+    Raises:
+        CheckpointError: Naming every tensor in question.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if also_in is not None:
+        expected = {name: shape for name, shape in expected.items() if name not in also_in.tensors}
+    expected = {name: s for name, s in expected.items() if name in folder.tensors or not name.startswith(new or ("\0",))}
+    prefixes = [name for name in folder.tensors if ".prefix_encoder." in name]
+    if prefixes and len(prefixes) == len(folder.tensors):
+        raise CheckpointError(
+            str(folder.path),
+            ["it holds a P-Tuning prefix only, not a whole model"],
+            hint="glmkit.load(BASE, adapter=THIS_FOLDER)",
+        )
+    check_tensors(folder, expected, ignore=_is_ignored)
+
+
+def read_config(folder: Folder, family: Family | None = None) -> ChatGLM2Config:
+    """The folder's config, completed by what `family` says or the text of its old code shows.
+
+    Raises:
+        ConfigError: A field is refused, or it stays open what `rope_ratio` means.
+    """
+    values = dict(folder.config)
+    if family is not None:
+        values.setdefault("generation", family.generation)
+        if values.get("rope_ratio_applies_to") is None:
+            values["rope_ratio_applies_to"] = "position" if family.generation == 2 else "base"
+    config: ChatGLM2Config = ChatGLM2Config.from_dict(values)
+    if config.rope_ratio_applies_to is None:
+        config.rope_ratio_applies_to = _rope_sign(folder)
+    config.check()
+    return config
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device meant by "auto" or a name.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    if isinstance(device, torch.device):
+        return device
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device={device!r} is no device", hint="auto, cpu, cuda, cuda:1, npu, mlu, mps") from error
+    if chosen.type not in ("cpu", "meta") and (accelerator is None or accelerator.type != chosen.type):
+        found = accelerator.type if accelerator else "no accelerator"
+        raise UsageError(f"device={device!r}: this machine has {found}", hint="use device='auto' or 'cpu'")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, folder: Folder, device: torch.device) -> torch.dtype:
+    """The dtype meant by "auto" or a name; see `load`.
+
+    Raises:
+        UsageError: There is no such dtype.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise UsageError(f"dtype={dtype!r}", hint="auto, float32, bfloat16 or float16")
+        return _DTYPES[dtype]
+    own = [info.dtype for info in folder.tensors.values() if info.dtype in _DTYPES.values()]
+    stored = max(set(own), key=own.count) if own else torch.float32
+    if stored == torch.float16 and device.type == "cpu":
+        return torch.float32 if folder.nbytes < _SMALL_BYTES else torch.bfloat16
+    return stored
+
+
+def _accept_synonyms(arguments: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    for name, value in others.items():
+        if name in ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors"):
+            continue  # never needed here
+        if name in ("load_in_4bit", "load_in_8bit", "quantization_bit"):
+            bits = value if name == "quantization_bit" else (int(name[8]) if value else None)
+            arguments["quantize"] = f"official-int{bits}" if bits else None
+        elif name in _SYNONYMS:
+            arguments[_SYNONYMS[name]] = value
+        else:
+            known = [*arguments, "family", "revision", "download", *_SYNONYMS]
+            close = difflib.get_close_matches(name, known, n=1)
+            meant = _SYNONYMS.get(close[0], close[0]) if close else None
+            raise UsageError(f"load() has no argument {name!r}", hint=f"did you mean {meant}?" if meant else None)
+    return arguments
+
+
+def _bits(quantize: str | None) -> int | None:
+    if quantize is None:
+        return None
+    if quantize in ("int8", "int4"):
+        raise UsageError(
+            f"quantize={quantize!r}: our own formats are not in this version", hint=f"use 'official-{quantize}'"
+        )
+    if quantize not in _QUANTIZE:
+        raise UsageError(f"quantize={quantize!r}", hint="None, 'official-int8' or 'official-int4'")
+    return _QUANTIZE[quantize]
+
+
+def _family_argument(name: str | None) -> Family | None:
+    if name is None:
+        return None
+    row = find_family(name)
+    if row is None:
+        raise UsageError(f"family={name!r} is no known model", hint="see glmkit.families.FAMILIES")
+    return row
+
+
+def _rope_sign(folder: Folder) -> str | None:
+    """What the folder's own old code does with rope_ratio, read as text and never run."""
+    code = folder.read_text("modeling_chatglm.py") or ""
+    divides = "/ rope_ratio" in code or "/ self.rope_ratio" in code
+    multiplies = "* rope_ratio" in code or "* self.rope_ratio" in code
+    return None if divides == multiplies else "position" if divides else "base"
+
+
+def _is_ignored(name: str) -> bool:
+    return name.endswith("rotary_pos_emb.inv_freq")  # a constant that old checkpoints store
+
+
+def _place(
+    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, bits: int | None
+) -> None:
+    """Puts one tensor into the model, in its final form."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if bits and leaf == "weight" and isinstance(module, nn.Linear) and is_quantised_layer(owner):
+        weight, scale = quantize_rows(tensor.to(device), bits)
+        model.set_submodule(owner, OfficialQuantizedLinear(weight, scale, module.bias, bits))
+        return
+    if isinstance(module, OfficialQuantizedLinear) and leaf == "weight_scale":
+        module.scale_dtype = tensor.dtype
+    elif tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    trained = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
+    module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=trained)
+
+
+def _open_adapter(path: Path) -> Any:
+    if not path.is_dir():
+        raise UsageError(f"there is no adapter folder {str(path)!r}", hint="give the folder that holds the adapter")
+    if (path / "adapter_config.json").is_file():
+        return open_folder(path, config="adapter_config.json", weights="adapter_model")
+    return open_folder(path)
+
+
+def _is_prefix(adapter: Folder) -> bool:
+    return any(".prefix_encoder." in name for name in adapter.tensors)
+
+
+def _size_prefix(config: ChatGLM2Config, prefix: Folder) -> None:
+    """Reads length and kind of a P-Tuning prefix from its tensors, not from anybody's memory."""
+    table = prefix.tensors.get("transformer.prefix_encoder.embedding.weight")
+    strangers = [name for name in prefix.tensors if ".prefix_encoder." not in name and not _is_ignored(name)]
+    if table is None or strangers:
+        found = f"also {strangers[0]}" if strangers else "no transformer.prefix_encoder.embedding.weight"
+        raise CheckpointError(str(prefix.path), [f"expected a P-Tuning prefix and nothing else, found {found}"])
+    config.pre_seq_len = table.shape[0]
+    config.prefix_projection = any(".prefix_encoder.trans." in name for name in prefix.tensors)
+    config.check()
+
+
+def _add_lora(model: ChatGLM2ForCausalLM, adapter: Folder) -> None:
+    """Puts a PEFT LoRA into the model, every tensor of it; PEFT itself never opens a file.
+
+    Raises:
+        CheckpointError: A kind other than LoRA, or tensors that fit nowhere or are missing.
+    """
+    from glmkit.train.methods import inject_lora
+
+    kind = adapter.config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(str(adapter.path), [f"peft_type is {kind!r}, expected 'LORA'"])
+    inject_lora(model, adapter.config)
+    start = "base_model.model."
+    own = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
+    places = {start + name.replace(".default.", "."): name for name in own}
+    expected = {stored: tuple(own[name].shape) for stored, name in places.items()}
+    check_tensors(adapter, expected, ignore=lambda name: False)
+    for stored, tensor in adapter.read():
+        parameter = own[places[stored]]
+        parameter.data = tensor.to(parameter.device, torch.float32)
+    model.eval()
+
+
+def from_pretrained(cls: type[ChatGLM2PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
+    """`from_pretrained` of our classes: the gate checks the folder, then transformers loads it.
+
+    Two kinds of folder it does not hand over: those in the official quantised format, which transformers does not
+    know. `device` and `empty_init` are accepted because the official classes take them.
+
+    Raises:
+        CheckpointError: Everything that is wrong with the folder.
+        ConfigError: A config that asks for what is not computed.
+    """
+    location = locate(name, download=True, revision=kwargs.get("revision"))
+    device = kwargs.pop("device", None)
+    kwargs.pop("empty_init", None)
+    with open_folder(location) as folder:
+        config = kwargs.pop("config", None)
+        if config is None:
+            config, kwargs = cls.config_class.from_pretrained(str(location), return_unused_kwargs=True, **kwargs)
+        if config.rope_ratio_applies_to is None:
+            config.rope_ratio_applies_to = _rope_sign(folder)
+        config.check()
+        with torch.device("meta"):
+            probe = cls(config)
+            if config.quantization_bit:
+                quantize_model(probe, config.quantization_bit)
+        check_model(folder, probe, new=("transformer.prefix_encoder.", "classifier_head."))
+        if config.quantization_bit:
+            dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or "auto"
+            if dtype == "auto":
+                dtype = config.dtype or torch.float16
+            model = load_model(folder, cls, config, choose_dtype(dtype, folder, torch.device("cpu")), torch.device("cpu"))
+        else:
+            model = hf.PreTrainedModel.from_pretrained.__func__(cls, str(location), *args, config=config, **kwargs)
+            if config.pre_seq_len:  # transformers' loader makes every parameter trainable
+                model.transformer.freeze_all_but_prefix()
+    return model if device is None else model.to(device)
+
+
+__all__ = ["ConfigError", "Loaded", "choose_device", "choose_dtype", "from_pretrained", "load", "load_model", "read_config"]

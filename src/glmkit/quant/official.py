@@ -1,0 +1,112 @@
+"""The official row-wise int8 and int4 format of ChatGLM, in plain torch on every device.
+
+For each output row `o` of a weight `w`: `scale[o] = max|w[o]| / 127` (int4: 7) and `q = round(w / scale)`. In int4 a
+byte holds two columns, the even one in the high nibble; both nibbles are two's complement. Quantised are the four
+linears of a block; embedding, output layer, norms and biases stay as they are.
+
+Source: quantization.py of ChatGLM2-6B. What differs: no CUDA binaries, and a row of zeros gets scale 1 instead of 0/0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glmkit.errors import UsageError
+
+_QUANTISED = ("query_key_value", "self_attention.dense", "dense_h_to_4h", "dense_4h_to_h")
+
+
+def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantises a weight in the official way.
+
+    Args:
+        weight: (out, in) in float16 or bfloat16; anything else is rounded to float16 first.
+        bits: 8 or 4.
+
+    Returns:
+        Packed weight, int8 (out, in) or (out, in / 2), and the scale of each row, (out,), in the weight's dtype.
+    """
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        weight = weight.half()
+    scale = weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    quantised = (weight / scale[:, None]).round().to(torch.int8)
+    if bits == 4:
+        quantised = (quantised[:, 0::2] << 4) | (quantised[:, 1::2] & 15)
+    return quantised, scale
+
+
+def dequantize_rows(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The inverse of `quantize_rows`, (out, in), computed in the dtype of `scale` as the official kernels do."""
+    if bits == 4:
+        weight = torch.stack((weight >> 4, (weight << 4) >> 4), dim=-1).flatten(1)
+    return weight.to(scale.dtype) * scale[:, None]
+
+
+class OfficialQuantizedLinear(nn.Module):
+    """A linear layer with the tensors of an official int8 or int4 checkpoint: `weight`, `weight_scale`, `bias`."""
+
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.out_features, self.in_features = weight.shape[0], weight.shape[1] * (8 // bits)
+        self.scale_dtype = weight_scale.dtype  # the products were rounded in it; `model.float()` must not change them
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, bits: int) -> OfficialQuantizedLinear:
+        """Quantises a linear layer; on the meta device only the shapes are made."""
+        if linear.weight.is_meta:
+            out, columns = linear.weight.shape
+            weight = torch.empty(out, columns * bits // 8, dtype=torch.int8, device="meta")
+            return cls(weight, torch.empty(out, dtype=torch.float16, device="meta"), linear.bias, bits)
+        weight, scale = quantize_rows(linear.weight.detach(), bits)
+        return cls(weight, scale, linear.bias, bits)
+
+    def dequantize(self) -> Tensor:
+        """The weight as a matrix, (out, in), in the dtype of the checkpoint's scales."""
+        return dequantize_rows(self.weight, self.weight_scale.to(self.scale_dtype), self.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+
+def is_quantised_layer(name: str) -> bool:
+    """Whether the module of this name is quantised in the official format."""
+    return ".layers." in name and name.endswith(_QUANTISED)
+
+
+def quantize_model(model: nn.Module, bits: int) -> nn.Module:
+    """Replaces the linears of all blocks, one at a time, and notes it in the config: the official `.quantize(bits)`.
+
+    Args:
+        model: A ChatGLM2 model of any kind.
+        bits: 4 or 8.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UsageError: Other bits, or the model is already quantised to other bits.
+    """
+    if bits not in (4, 8):
+        raise UsageError(f"quantize({bits!r}): the official format has 4 or 8 bits", hint="quantize(4) or quantize(8)")
+    present = getattr(model.config, "quantization_bit", 0) or 0
+    if present == bits and any(isinstance(module, OfficialQuantizedLinear) for module in model.modules()):
+        return model
+    if present not in (0, bits):
+        raise UsageError(f"the model is already quantised to {present} bits", hint="load the unquantised checkpoint")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantised_layer(name):
+            model.set_submodule(name, OfficialQuantizedLinear.from_linear(module, bits))
+    model.config.quantization_bit = bits  # type: ignore[union-attr]
+    return model
