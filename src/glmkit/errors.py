@@ -84,3 +84,7 @@ class MissingDependencyError(GlmkitError, ImportError):
             f"this needs the package {package}, which is not installed",
             hint=f'pip install "glmkit[{extra}]"',
         )
+
+
+class OutputError(GlmkitError, RuntimeError):
+    """A file or folder that cannot be written where it was asked for."""

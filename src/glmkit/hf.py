@@ -22,6 +22,7 @@ from transformers import (  # public classes that users' code meets
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache  # the caches that models accept
 from transformers.generation import LogitsProcessor, LogitsProcessorList  # what chat() hands to generate
+from transformers.generation import PrefixConstrainedLogitsProcessor  # prefix_allowed_tokens_fn of stream_generate
 from transformers.masking_utils import create_causal_mask  # masks for every cache kind and attention back end
 from transformers.modeling_layers import GradientCheckpointingLayer  # activation checkpointing per block
 from transformers.modeling_outputs import (
@@ -55,6 +56,7 @@ __all__ = [
     "LogitsProcessorList",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "PrefixConstrainedLogitsProcessor",
     "SequenceClassifierOutputWithPast",
     "TokenizersBackend",
     "cached_file",

@@ -1,0 +1,1 @@
+"""Chat: messages, their token ids, tools, what models reply, and the methods that official scripts call."""

@@ -1,0 +1,380 @@
+"""One way to answer for every front end: messages in, an answer out, piece by piece or whole.
+
+What happens between them: the oldest turns are left out where the context is too short, the rest becomes token ids, the
+engine decodes, and what it writes is taken apart into text for people and calls of tools.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from glmkit.chat.choices import Choices, choose
+from glmkit.chat.context import fit_context, reserve_tokens
+from glmkit.chat.messages import Message, to_messages
+from glmkit.chat.prompt_cache import PromptCache
+from glmkit.chat.reply import Delta, parse_reply
+from glmkit.chat.reply import ReplyStream as MessageStream
+from glmkit.chat.tools import INTERPRETER, TOOLS_SENTENCE, ToolCall
+from glmkit.engine.decode import CancelToken, Step, stream
+from glmkit.engine.sampling import SamplingOptions
+from glmkit.errors import UsageError
+from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+
+
+@dataclass(frozen=True)
+class TokenUsage:
+    """Tokens of one answer.
+
+    Args:
+        prompt_tokens: Tokens the model read.
+        completion_tokens: Tokens it wrote, the one that ends the answer among them.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long one answer took, without the time its reader needed.
+
+    Args:
+        prefill_seconds: From the start to the first token.
+        decode_seconds: All tokens after the first.
+        tokens_per_second: Speed of writing, the first token aside: it came with the prompt.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Args:
+        text: What people read: without role marks, header lines and tool calls.
+        messages: The whole conversation with the answer, ready for the next question.
+        finish_reason: "stop", "length" (the limit or the end of the context), "cancelled" or "tool_calls".
+        usage: Tokens read and written.
+        timings: Seconds and speed.
+        tool_call: The tool the model wants called, if any.
+        malformed: Why what looks like a tool call is none; it is in `text` then.
+        dropped_turns: How many of the oldest turns the model did not see, because its context is too short for them.
+    """
+
+    text: str
+    messages: tuple[Message, ...]
+    finish_reason: str
+    usage: TokenUsage
+    timings: Timings
+    tool_call: ToolCall | None = None
+    malformed: str | None = None
+    dropped_turns: int = 0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class ReplyStream:
+    """An answer that is being written: iterate over its pieces of text, then read `reply`.
+
+    Closing it early, or leaving its `with` block, ends the answer where it is.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        messages: The whole conversation.
+        prompt: Ids of what the model reads of it.
+        choices: How to answer.
+        cancel: Ends the answer before its next token.
+        dropped_turns: How many turns are not in the prompt.
+        reuse: Keys and values of the conversation so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: ChatGLMTokenizer,
+        messages: Sequence[Message],
+        prompt: Sequence[int],
+        choices: Choices,
+        *,
+        cancel: CancelToken | None = None,
+        dropped_turns: int = 0,
+        reuse: PromptCache | None = None,
+    ) -> None:
+        self._tokenizer, self._messages = tokenizer, tuple(messages)
+        self._prompt_tokens, self._dropped_turns = len(prompt), dropped_turns
+        self._offers_tools = _offers_tools(messages)
+        self._shown_message = -1  # the one that text was last shown of
+        self._reuse = reuse
+        self._stop = _StopText(choices.stop)
+        self._ids: list[int] = []  # of the answer, without the stop id
+        self._text = ""
+        self._finish_reason = "cancelled"
+        self._seconds: list[float] = []  # for each token
+        self._reply: Reply | None = None
+        cache, new = (None, prompt) if reuse is None else reuse.begin(model, prompt)
+        self._steps = stream(
+            model,
+            new,
+            choices.options,
+            stop_ids=tokenizer.stop_ids,
+            max_new_tokens=choices.max_new_tokens or model.config.seq_length,
+            cancel=cancel,
+            cache=cache,
+        )
+        self._pieces: Generator[str, None, None] = self._write()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def __enter__(self) -> ReplyStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the answer; what is there so far becomes the reply."""
+        self._pieces.close()
+        if self._reply is None:
+            self._end()
+
+    @property
+    def reply(self) -> Reply:
+        """The answer with everything about it.
+
+        Raises:
+            UsageError: It is still being written.
+        """
+        if self._reply is None:
+            raise UsageError("the reply is still being written", hint="read it to its end, or close it, first")
+        return self._reply
+
+    def _write(self) -> Generator[str, None, None]:
+        parser = MessageStream(self._tokenizer)
+        for step in self._timed_steps():
+            deltas = parser.push(step.token_id) if step.is_text else []
+            if step.finish_reason:
+                self._finish_reason = step.finish_reason
+                deltas += parser.finish()
+            for delta in deltas:
+                yield from self._show(self._stop.push(self._visible_piece(delta)))
+            if self._stop.stopped:
+                self._finish_reason = "stop"
+                break
+        yield from self._show(self._stop.finish())
+        yield from self._show(self._end())
+
+    def _timed_steps(self) -> Iterator[Step]:
+        """The engine's steps; keeps their tokens and how long each took."""
+        while True:
+            started = time.perf_counter()
+            step = next(self._steps, None)
+            if step is None:
+                return
+            if step.finish_reason != "cancelled":
+                self._seconds.append(time.perf_counter() - started)
+            if step.is_text:
+                self._ids.append(step.token_id)
+                if self._reuse is not None:
+                    self._reuse.ids.append(step.token_id)
+            yield step
+
+    def _show(self, text: str) -> Iterator[str]:
+        self._text += text
+        if text:
+            yield text
+
+    def _visible_piece(self, delta: Delta) -> str:
+        """What people see of a piece while it arrives; what may be a call of a tool waits for the end."""
+        if not self._is_text(delta.metadata):
+            return ""
+        if delta.number == self._shown_message:
+            return delta.text
+        self._shown_message = delta.number
+        return ("\n" if self._text else "") + _header_line(delta.metadata) + delta.text
+
+    def _is_text(self, metadata: str) -> bool:
+        return not metadata or metadata == INTERPRETER or not self._offers_tools
+
+    def _end(self) -> str:
+        """Makes the reply.
+
+        Returns:
+            Text that only now is known to be text.
+        """
+        parsed = parse_reply(self._tokenizer, self._ids)
+        cut = self._finish_reason == "cancelled"
+        call = parsed.call if self._offers_tools and not self._stop.stopped else None
+        answer, rest = parsed.messages, ""
+        if self._stop.stopped:
+            answer = [Message("assistant", self._text)]
+        else:
+            spoken = answer[:-1] if call is not None or (cut and not self._is_text(answer[-1].metadata)) else answer
+            lines = [(_header_line(message.metadata) + message.content).rstrip() for message in spoken]
+            whole = "\n".join(line for line in lines if line)
+            rest = whole[len(self._text) :] if whole.startswith(self._text) else ""
+        text = self._text + rest
+        count, decode_seconds = len(self._seconds), sum(self._seconds[1:])
+        self._reply = Reply(
+            text=text,
+            messages=(*self._messages, *(answer if text or call is not None else ())),
+            finish_reason="tool_calls" if call is not None and not cut else self._finish_reason,
+            usage=TokenUsage(self._prompt_tokens, count),
+            timings=Timings(
+                prefill_seconds=self._seconds[0] if count else 0.0,
+                decode_seconds=decode_seconds,
+                tokens_per_second=(count - 1) / decode_seconds if decode_seconds else 0.0,
+            ),
+            tool_call=call,
+            malformed=parsed.problem if self._offers_tools and not cut else None,
+            dropped_turns=self._dropped_turns,
+        )
+        return rest
+
+
+class _StopText:
+    """Holds back what may be the beginning of a stop text, and ends at the first whole one.
+
+    Args:
+        stops: The stop texts.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise UsageError(f"stop={list(stops)!r}: expected texts, none of them empty")
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Takes the next piece.
+
+        Returns:
+            What is certainly before any stop text.
+        """
+        text = self._held + text
+        ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)]
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        held = next(
+            (size for size in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-size:])),
+            0,
+        )
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _may_begin(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self._stops)
+
+    def finish(self) -> str:
+        """Gives what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _header_line(metadata: str) -> str:
+    return f"{metadata}\n" if metadata and metadata != INTERPRETER else ""
+
+
+def _offers_tools(messages: Sequence[Message]) -> bool:
+    return any(
+        message.tools is not None
+        or message.role == "observation"
+        or (message.role == "system" and message.content.startswith(TOOLS_SENTENCE))
+        for message in messages
+    )
+
+
+def stream_reply(
+    model: Any,
+    tokenizer: ChatGLMTokenizer,
+    messages: Any,
+    *,
+    history: Sequence[Any] | None = None,
+    system: str | None = None,
+    tools: list[Any] | dict[str, Any] | None = None,
+    options: SamplingOptions | None = None,
+    max_new_tokens: int | None = None,
+    stop: str | Sequence[str] = (),
+    cancel: CancelToken | None = None,
+    reuse: PromptCache | None = None,
+    **sampling: Any,
+) -> ReplyStream:
+    """Answers piece by piece.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        messages: A question; or messages: `Message` objects, mappings with role and content, (question, answer) pairs.
+        history: Earlier messages in any of these forms.
+        system: Text of a system message.
+        tools: Tools the model may call (ChatGLM3): JSON-schema descriptions, with or without the OpenAI wrapper.
+        options: How tokens are chosen; by default as the model's generation_config says, else as the official chat.
+        max_new_tokens: Longest answer in tokens; by default what the context leaves.
+        stop: A text or texts that end the answer and are not part of it.
+        cancel: Ends the answer before its next token.
+        reuse: Keys and values of the conversation so far; not used with a repetition penalty or banned tokens, which
+            look at the whole conversation.
+        **sampling: Single settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, do_sample, max_tokens.
+
+    Returns:
+        The answer to iterate over.
+
+    Raises:
+        UsageError: An unknown setting, messages of no known form, or a message longer than the context.
+    """
+    system = sampling.pop("system_prompt", system)
+    choices = choose(model, options, max_new_tokens, stop, sampling)
+    conversation = _with_tools(to_messages(messages, history, system), tools)
+    context = model.config.seq_length
+    prompt, dropped = fit_context(tokenizer, conversation, context, reserve_tokens(context, choices.max_new_tokens))
+    if choices.options.repetition_penalty != 1.0 or choices.options.banned_ids:
+        reuse = None
+    return ReplyStream(
+        model, tokenizer, conversation, prompt, choices, cancel=cancel, dropped_turns=dropped, reuse=reuse
+    )
+
+
+def reply_to(model: Any, tokenizer: ChatGLMTokenizer, messages: Any, **options: Any) -> Reply:
+    """Answers, and returns when the answer is whole.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        messages: See `stream_reply`.
+        **options: See `stream_reply`.
+
+    Returns:
+        The answer.
+
+    Raises:
+        UsageError: See `stream_reply`.
+    """
+    replying = stream_reply(model, tokenizer, messages, **options)
+    for _ in replying:
+        pass
+    return replying.reply
+
+
+def _with_tools(messages: list[Message], tools: list[Any] | dict[str, Any] | None) -> list[Message]:
+    if tools is None:
+        return messages
+    if messages and messages[0].role == "system":
+        return [replace(messages[0], tools=tools), *messages[1:]]
+    return [Message("system", "", tools=tools), *messages]

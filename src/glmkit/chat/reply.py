@@ -1,0 +1,157 @@
+"""What a model generated, as messages: while it arrives, and as a whole.
+
+A ChatGLM3 reply is one or more assistant messages, divided by the assistant id. Each starts with a header line: empty
+for text, the name of a tool for a call.
+
+    ids      "\\n" 我来查询 <|assistant|> get_weather "\\n" ```python tool_call(city='北京') ``` <|observation|>
+    header   ^^^^                        ^^^^^^^^^^^^^^^^
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from glmkit.chat.messages import Message
+from glmkit.chat.tools import INTERPRETER, ToolCall, ToolCallError, parse_tool_call
+from glmkit.engine.text import TextStream
+from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+
+MAX_HEADER_CHARACTERS = 128  # a first line longer than a tool's name is no header
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a message that is certain.
+
+    Args:
+        text: New text; the sum of a message's pieces is its content.
+        metadata: The message's header line.
+        number: Which message of the reply it belongs to, from 0.
+    """
+
+    text: str
+    metadata: str
+    number: int
+
+
+@dataclass(frozen=True)
+class ParsedReply:
+    """A whole reply.
+
+    Args:
+        messages: Its assistant messages, at least one.
+        call: The tool call it ends with, if any.
+        problem: Why its last message is not the tool call that its header announces; the text is in `messages`.
+    """
+
+    messages: list[Message]
+    call: ToolCall | None = None
+    problem: str | None = None
+
+
+class ReplyStream:
+    """Turns generated ids into messages as they arrive.
+
+    Text behind an assistant id is held back until the header line is complete, half a character until it is whole, and
+    blanks at the end of plain text until more text follows.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
+        self.messages: list[Message] = []  # the finished ones
+        self._tokenizer = tokenizer
+        self._assistant = tokenizer.get_command("<|assistant|>") if tokenizer.generation == 3 else None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._text = TextStream(self._tokenizer.decode_ids)
+        self._header: str | None = None if self._assistant is not None else ""
+        self._waiting = ""  # the header line so far, or blanks that may be the last
+        self._content = ""
+
+    def push(self, token_id: int) -> list[Delta]:
+        """Takes the next id.
+
+        Args:
+            token_id: A generated id; stop ids are ignored.
+
+        Returns:
+            What is certain now, often nothing.
+        """
+        if token_id == self._assistant:
+            return self.finish()
+        if token_id in self._tokenizer.stop_ids:
+            return []
+        return self._take(self._text.push(token_id))
+
+    def finish(self) -> list[Delta]:
+        """Ends the message.
+
+        Returns:
+            What was held back.
+        """
+        deltas = self._take(self._text.finish())
+        if self._header is None:
+            self._header, self._waiting = "", self._waiting
+            deltas += self._show(self._drain())
+        content = self._content if self._header else self._content.rstrip()
+        self.messages.append(Message("assistant", content, self._header or ""))
+        self._begin()
+        return deltas
+
+    def _drain(self) -> str:
+        text, self._waiting = self._waiting, ""
+        return text
+
+    def _take(self, text: str) -> list[Delta]:
+        if self._header is not None:
+            return self._show(text)
+        self._waiting += text
+        line, newline, rest = self._waiting.partition("\n")
+        if newline and len(line) <= MAX_HEADER_CHARACTERS:
+            self._header, self._waiting = line.strip(), ""
+            return self._show(rest)
+        if len(line) > MAX_HEADER_CHARACTERS:
+            self._header = ""
+            return self._show(self._drain())
+        return []
+
+    def _show(self, text: str) -> list[Delta]:
+        if not self._header:  # plain text: no blanks at either end
+            text = self._drain() + text
+            if not self._content:
+                text = text.lstrip()
+            shown = text.rstrip()
+            self._waiting = text[len(shown) :]
+        elif not self._content:  # a call: only the dummy prefix goes, so that its ids can be made again
+            shown = text.removeprefix(" ")
+        else:
+            shown = text
+        self._content += shown
+        return [Delta(shown, self._header or "", len(self.messages))] if shown else []
+
+
+def parse_reply(tokenizer: ChatGLMTokenizer, ids: Iterable[int]) -> ParsedReply:
+    """Reads a whole reply.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        ids: The generated ids, with or without the stop id.
+
+    Returns:
+        Its messages, and the tool call or what is wrong with it.
+    """
+    stream = ReplyStream(tokenizer)
+    for token_id in ids:
+        stream.push(token_id)
+    stream.finish()
+    last = stream.messages[-1]
+    if not last.metadata or last.metadata == INTERPRETER:
+        return ParsedReply(stream.messages)
+    try:
+        return ParsedReply(stream.messages, ToolCall(last.metadata, parse_tool_call(last.content)))
+    except ToolCallError as error:
+        return ParsedReply(stream.messages, problem=error.message)

@@ -1,0 +1,203 @@
+"""A conversation that goes on: what was said, how answers are made, and its copy on disk. Front ends only show it."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from glmkit.chat import transcript
+from glmkit.chat.choices import canonical_name, choose
+from glmkit.chat.conversation import Reply, ReplyStream, stream_reply
+from glmkit.chat.messages import Message
+from glmkit.chat.prompt_cache import PromptCache
+from glmkit.engine.decode import CancelToken
+from glmkit.errors import OutputError, UsageError
+
+_SEEDS = 2**32
+
+
+class Session:
+    """One conversation with one model.
+
+    Args:
+        loaded: The model and its tokenizer, a `glmkit.loading.Loaded`.
+        name: What the user called the model.
+        messages: What was said before.
+        settings: Sampling settings by name, see `glmkit.chat.conversation.choose`; they overrule the model's own.
+        path: The conversation's file, written after every message; None keeps it in memory only.
+        warn: Told once if the file cannot be written.
+
+    Raises:
+        UsageError: A setting does not exist or fit.
+    """
+
+    def __init__(
+        self,
+        loaded: Any,
+        name: str,
+        *,
+        messages: Sequence[Message] = (),
+        settings: dict[str, Any] | None = None,
+        path: Path | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.loaded, self.name, self.path, self._warn = loaded, name, path, warn
+        self.messages = list(messages)
+        self.settings = {canonical_name(setting): value for setting, value in (settings or {}).items()}
+        self.last: Reply | None = None
+        self.seed = 0  # of the last answer
+        self._cache = PromptCache()
+        choose(loaded.model, sampling=self.settings)
+
+    # --- answers ---
+
+    def ask(self, text: str, cancel: CancelToken) -> ReplyStream:
+        """Begins to answer a question; a question before it that has no answer is forgotten.
+
+        Args:
+            text: The question.
+            cancel: Ends the answer early.
+
+        Returns:
+            The answer; give it to `finish` afterwards.
+
+        Raises:
+            UsageError: The question does not fit into the model's context; it is not kept then.
+        """
+        return self._answer([*self.messages[: self._answered()], Message("user", text)], cancel)
+
+    def retry(self, cancel: CancelToken) -> ReplyStream:
+        """Begins to answer the last question again.
+
+        Args:
+            cancel: Ends the answer early.
+
+        Returns:
+            The answer; give it to `finish` afterwards.
+
+        Raises:
+            UsageError: There is no question yet.
+        """
+        return self._answer(self.messages[: self._last_question() + 1], cancel)
+
+    def finish(self, replying: ReplyStream) -> Reply:
+        """Keeps an answer, whole or cut.
+
+        Args:
+            replying: What `ask` or `retry` returned; closed if it is not at its end.
+
+        Returns:
+            The answer.
+        """
+        replying.close()
+        self.last = replying.reply
+        self.messages = list(self.last.messages)
+        self.save()
+        return self.last
+
+    def _answer(self, messages: list[Message], cancel: CancelToken) -> ReplyStream:
+        given = self.settings.get("seed")
+        self.seed = random.SystemRandom().randrange(_SEEDS) if given is None else given
+        replying = stream_reply(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            messages,
+            cancel=cancel,
+            reuse=self._cache,
+            **self.settings | {"seed": self.seed},
+        )
+        self.messages = messages
+        self.save()
+        return replying
+
+    # --- changes ---
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt."""
+        return self.messages[0].content if self.messages and self.messages[0].role == "system" else None
+
+    def set_system(self, text: str | None) -> None:
+        """Changes the system prompt for the answers to come.
+
+        Args:
+            text: The new one; None for none.
+        """
+        rest = self.messages[1:] if self.system is not None else self.messages
+        self.messages = [Message("system", text), *rest] if text else rest
+        self.save()
+
+    def set(self, name: str, value: Any) -> None:
+        """Changes one sampling setting for the answers to come.
+
+        Args:
+            name: Its name.
+            value: Its value; None for the model's own.
+
+        Raises:
+            UsageError: The name or value does not exist or fit; nothing changes then.
+        """
+        name = canonical_name(name)
+        choose(self.loaded.model, sampling=self.settings | {name: value})
+        self.settings[name] = value
+        if value is None:
+            del self.settings[name]
+        self.save()
+
+    def effective(self) -> dict[str, Any]:
+        """The settings in force by name, the model's own among them; a seed of None is a new one for each answer."""
+        choices = choose(self.loaded.model, sampling=self.settings)
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+        shown = {name: getattr(choices.options, name) for name in names}
+        return {**shown, "max_new_tokens": choices.max_new_tokens, "stop": list(choices.stop)}
+
+    def clear(self) -> None:
+        """Forgets everything but the system prompt; what is on disk stays, and a new file begins."""
+        self.messages = self.messages[: 1 if self.system is not None else 0]
+        self.last = None
+        if self.path is not None:
+            self.path = transcript.new_path()
+
+    def undo(self) -> None:
+        """Takes back the last question with all that came of it.
+
+        Raises:
+            UsageError: There is no question.
+        """
+        self.messages = self.messages[: self._last_question()]
+        self.save()
+
+    def _last_question(self) -> int:
+        for place in range(len(self.messages) - 1, -1, -1):
+            if self.messages[place].role == "user":
+                return place
+        raise UsageError("there is no question yet")
+
+    def _answered(self) -> int:
+        """Number of messages without a question at the end that nobody answered."""
+        count = len(self.messages)
+        while count and self.messages[count - 1].role == "user":
+            count -= 1
+        return count
+
+    # --- disk ---
+
+    def transcript(self) -> transcript.Transcript:
+        """The conversation as it is written to disk."""
+        adapter = self.loaded.adapter
+        return transcript.Transcript(
+            self.name, tuple(self.messages), None if adapter is None else str(adapter), self.settings
+        )
+
+    def save(self) -> None:
+        """Writes the conversation to its file, if it has one; failing once is a warning, and ends the writing only."""
+        if self.path is None or not any(message.role != "system" for message in self.messages):
+            return
+        try:
+            transcript.write(self.path, self.transcript())
+        except OutputError as error:
+            self.path = None
+            self._warn(f"this conversation is not being saved: {error.message}")

@@ -1,0 +1,197 @@
+"""The command `glm`: from arguments to a verb, and from every failure to `error: …`, `hint: …` and an exit code.
+
+What is needed to start lies here and imports next to nothing; the verbs are in `glmkit.verbs`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from glmkit import __version__
+from glmkit.errors import GlmkitError, UsageError
+
+# What fingers from other tools type first.
+_VERB_SYNONYMS = {
+    "run": "chat",
+    "infer": "chat",
+    "generate": "chat",
+    "predict": "chat",
+    "train": "finetune",
+    "sft": "finetune",
+    "lora": "finetune",
+    "eval": "evaluate",
+    "show": "inspect",
+    "info": "inspect",
+    "demo": "quickstart",
+    "start": "quickstart",
+}
+_NO_MEMORY_HINT = (
+    "--quantize official-int8 or official-int4, a smaller --dtype, a shorter conversation, or --device cpu"
+)
+
+
+def main() -> None:
+    """Runs the command with the arguments of the process and leaves with its exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: Without the name of the program. `--debug` may stand anywhere before `--`.
+
+    Returns:
+        The exit code: 0, 2 for wrong usage, 1 for other failures, 130 after Ctrl-C.
+    """
+    _tolerate_foreign_encodings(sys.stdout, sys.stderr)
+    arguments, debug = _take_debug(arguments)
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader left, as `head` does. What is still buffered has nowhere to go, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        return _report(error, debug)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments:
+        print(_start_page())
+        return 0
+    if arguments in (["--version"], ["-V"]):
+        print(f"glmkit {__version__}")
+        return 0
+    if arguments == ["help"]:
+        arguments = ["--help"]
+    from glmkit.verbs import command
+
+    # Outside standalone mode an exit asked for inside comes back as its code, and None is success.
+    return command().main(args=arguments, prog_name="glm", standalone_mode=False) or 0
+
+
+def _take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != "--debug"]
+    return [*kept, *arguments[end:]], len(kept) < end
+
+
+def _tolerate_foreign_encodings(*streams: TextIO) -> None:
+    """A terminal that cannot show Chinese gets question marks, not an exception in the middle of an answer."""
+    for stream in streams:
+        encoding = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "")
+        if encoding != "utf8" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _start_page() -> str:
+    from glmkit.families import find_family
+
+    big = find_family("chatglm3-6b")
+    assert big is not None
+    lines = [
+        ("glm quickstart", "the whole way in three minutes, offline: chat, evaluate, tune, evaluate again"),
+        ("glm chat", "talk to glm-nano, the small model that comes with this package"),
+        (f"glm chat {big.name}", f"talk to a real one ({big.bytes / 1e9:.1f} GB, fetched if you add --yes)"),
+        (f"glm inspect {big.name}", "what a model is and how much memory it needs"),
+        ("glm finetune adgen_lora", "tune a model with LoRA; recipes are YAML files"),
+        ("glm --help", "all verbs; glm VERB --help for one"),
+    ]
+    width = max(len(call) for call, _ in lines)
+    listed = "\n".join(f"  {call.ljust(width)}  {text}" for call, text in lines)
+    return f"glmkit {__version__}: load, chat with, tune and evaluate GLM models\n\n{listed}"
+
+
+# --- failures ---
+
+
+def unknown_verb(word: str, known: Sequence[str]) -> UsageError:
+    """The error for a verb that does not exist, with the one that was probably meant.
+
+    Args:
+        word: What was typed in place of a verb.
+        known: The verbs there are.
+    """
+    from difflib import get_close_matches
+
+    from glmkit.families import find_family
+
+    close = get_close_matches(word, known, n=1)
+    if word in _VERB_SYNONYMS:
+        hint = f"did you mean glm {_VERB_SYNONYMS[word]}?"
+    elif close:
+        hint = f"did you mean glm {close[0]}?"
+    elif find_family(word) or os.path.isdir(word):
+        hint = f"did you mean glm chat {word}?"
+    else:
+        hint = f"known verbs: {', '.join(known)}"
+    return UsageError(f"there is no verb {word!r}", hint=hint)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Prints an error and its cure on stderr.
+
+    Returns:
+        The exit code.
+    """
+    message, hint, code = _describe(error)
+    print(f"{paint('error:', '1;31', sys.stderr)} {message}", file=sys.stderr)
+    if hint is None and not isinstance(error, GlmkitError) and not debug:
+        hint = "the same command with --debug shows where it happened"
+    if hint:
+        print(f"{paint('hint:', '1;36', sys.stderr)} {hint}", file=sys.stderr)
+    return code
+
+
+def _describe(error: Exception) -> tuple[str, str | None, int]:
+    """Message, cure and exit code of any exception."""
+    if isinstance(error, GlmkitError):
+        return error.message, error.hint, error.exit_code
+    if hasattr(error, "format_message"):  # of the argument parser, whose classes moved between releases of typer
+        return _describe_parser_error(error)
+    if type(error).__name__ == "Abort":
+        return "input ended", None, 1
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "out of memory" + (f": {text.splitlines()[0]}" if text else ""), _NO_MEMORY_HINT, 1
+    if isinstance(error, OSError) and error.strerror:
+        place = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{place}", None, 1
+    return f"unexpected {type(error).__name__}: {text}", None, 1
+
+
+def _describe_parser_error(error: Any) -> tuple[str, str | None, int]:
+    message = getattr(error, "message", "") or error.format_message()
+    if getattr(error, "param", None) is not None:
+        message = error.format_message()
+    message = message[:1].lower() + message[1:].rstrip(".")
+    close = getattr(error, "possibilities", None)
+    context = getattr(error, "ctx", None)
+    if close:
+        return message, f"did you mean {close[0]}?", error.exit_code
+    return message, f"{context.command_path} --help lists what there is" if context else None, error.exit_code
+
+
+def paint(text: str, code: str, stream: TextIO) -> str:
+    """Colours text, if the stream is a terminal and nobody asked for none.
+
+    Args:
+        text: The text.
+        code: ANSI codes, such as "1;31".
+        stream: Where it will be printed.
+    """
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return f"\x1b[{code}m{text}\x1b[0m"

@@ -1,0 +1,175 @@
+"""A key/value cache that is allocated once and hands out views of the part that is filled.
+
+Appending a token to transformers' `DynamicCache` copies all keys and values of the conversation; here it writes one
+column. Letters: `B` rows, `K` key/value heads, `T` new tokens, `S` filled tokens, `D` head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from glmkit import hf
+from glmkit.errors import UsageError
+
+
+class LanguageModel(Protocol):
+    """What the engine needs of a model: its shape, its place, and logits for token ids."""
+
+    config: Any  # num_hidden_layers, vocab_size and, if the context is limited, seq_length
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: hf.Cache,
+        use_cache: bool,
+        logits_to_keep: int,
+    ) -> Any: ...
+
+
+class BufferLayer(hf.CacheLayerMixin):
+    """Keys and values of one layer in two buffers (B, K, capacity, D), filled from the left.
+
+    Args:
+        batch: Number of rows, `B`.
+        capacity_tokens: Room to allocate at the first update; it doubles when it is full.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, batch: int, capacity_tokens: int) -> None:
+        super().__init__()
+        self.batch_size = batch
+        self.capacity_tokens = capacity_tokens
+        self.filled_tokens = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the buffers in the dtype and on the device of the first keys and values."""
+        if key_states.shape[0] != self.batch_size:
+            raise UsageError(f"a cache for {self.batch_size} rows was given keys of {key_states.shape[0]} rows")
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._buffer(key_states)
+        self.values = self._buffer(value_states)
+        self.is_initialized = True
+
+    def _buffer(self, like: Tensor) -> Tensor:
+        # A tensor born in inference mode could not be written to outside it, for instance by `generate`.
+        with torch.inference_mode(False):
+            return like.new_empty((self.batch_size, like.shape[1], self.capacity_tokens, like.shape[3]))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends (B, K, T, D) keys and values.
+
+        Returns:
+            Views (B, K, S, D) of everything so far. With room for 8 and 3 filled, two more tokens are written to
+            columns 3 and 4, and columns 0 to 4 come back.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.filled_tokens, self.filled_tokens + key_states.shape[2]
+        if end > self.capacity_tokens:
+            self._grow(end)
+        self.keys.narrow(2, start, end - start).copy_(key_states)
+        self.values.narrow(2, start, end - start).copy_(value_states)
+        self.filled_tokens = end
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+
+    def _grow(self, needed_tokens: int) -> None:
+        keys, values = self._filled()
+        self.capacity_tokens = max(2 * self.capacity_tokens, needed_tokens)
+        self.keys, self.values = self._buffer(keys), self._buffer(values)
+        self.keys.narrow(2, 0, self.filled_tokens).copy_(keys)
+        self.values.narrow(2, 0, self.filled_tokens).copy_(values)
+
+    def _filled(self) -> tuple[Tensor, Tensor]:
+        return self.keys.narrow(2, 0, self.filled_tokens), self.values.narrow(2, 0, self.filled_tokens)
+
+    def get_seq_length(self) -> int:
+        """Number of filled tokens, `S`."""
+        return self.filled_tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that the next `query_length` tokens will see, and the position of the first of them."""
+        return self.filled_tokens + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit: the buffers grow."""
+        return -1
+
+    def reset(self) -> None:
+        """Forgets all tokens and keeps the buffers."""
+        self.filled_tokens = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens; the number is given negative, as transformers does."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: expected 0 or a negative number")
+        self.filled_tokens = max(0, self.filled_tokens + tokens_to_remove)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the rows `indices` in that order; the room behind the filled part stays."""
+        if self.is_initialized:
+            with torch.inference_mode(False):
+                indices = indices.to(self.keys.device).clone()
+                self.keys = self.keys.index_select(0, indices)
+                self.values = self.values.index_select(0, indices)
+        self.batch_size = len(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row i becomes what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times, neighbours together."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+
+class BufferCache(hf.Cache):
+    """One `BufferLayer` per layer of a model; whatever takes a transformers cache takes it."""
+
+    layers: list[BufferLayer]
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keeps only some rows, for instance those that are not finished.
+
+        Args:
+            rows: Their numbers, in the order wanted.
+        """
+        self.batch_select_indices(torch.tensor(list(rows), dtype=torch.int64))
+
+    def truncate(self, tokens: int) -> None:
+        """Forgets everything behind the first `tokens` tokens, so that another continuation can follow them.
+
+        Args:
+            tokens: Number of tokens to keep, at most as many as there are.
+        """
+        filled = self.get_seq_length()
+        if not 0 <= tokens <= filled:
+            raise UsageError(f"cannot keep {tokens} tokens of a cache: expected 0 to {filled}, which are there")
+        for layer in self.layers:  # each by its own length: an interrupted step leaves the first layers one ahead
+            layer.crop(min(0, tokens - layer.filled_tokens))
+
+
+def new_cache(model: LanguageModel, batch: int, capacity_tokens: int) -> BufferCache:
+    """Makes an empty cache for a model.
+
+    Args:
+        model: Its `config.num_hidden_layers` says how many layers there are.
+        batch: Number of rows.
+        capacity_tokens: Tokens to make room for; more than that still works, at the price of a copy.
+
+    Returns:
+        The cache; memory is taken at the first use, 2 * layers * B * K * capacity * D numbers.
+    """
+    layers = model.config.num_hidden_layers
+    return BufferCache(layers=[BufferLayer(batch, max(1, capacity_tokens)) for _ in range(layers)])

@@ -1,0 +1,376 @@
+"""The decode loop: a prompt in chunks, then one token a step. A stream is a batch of one row.
+
+Letters: `B` rows, `T` new tokens, `S` tokens in the cache after them, `V` vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from random import Random
+
+import torch
+from torch import Tensor
+
+from glmkit import hf
+from glmkit.engine.cache import BufferCache, LanguageModel, new_cache
+from glmkit.engine.sampling import Draw, SamplingOptions, row_generators, sample
+from glmkit.errors import UsageError
+
+_FIRST_ROOM_TOKENS = 1024  # room made for an answer; few are as long as they may be, and the cache grows
+NO_TOKEN = -1
+
+
+class CancelToken:
+    """Asks a running generation to end; it does so before its next token.
+
+    Safe to use from a signal handler or another thread: setting it is one assignment.
+    """
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Asks for the end; asking twice is fine."""
+        self.cancelled = True
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a stream did and how long the model took; time that the consumer spends between steps is not counted.
+
+    Args:
+        cached_tokens: Tokens that were in the cache before.
+        prompt_tokens: Tokens of the prompt that were computed.
+        completion_tokens: Tokens generated, the stop id among them.
+        prefill_seconds: From the first chunk of the prompt to the first token.
+        decode_seconds: All tokens after the first.
+    """
+
+    cached_tokens: int
+    prompt_tokens: int
+    completion_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Speed of reading the prompt."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Speed of writing, the first token aside: it came with the prompt."""
+        return max(0, self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of an answer.
+
+    Args:
+        token_id: The token; NO_TOKEN (-1) if the answer was cancelled.
+        logprob: Its log-probability under the model, before penalty, bias, bans and filters.
+        finish_reason: None while it goes on; "stop": this is a stop id; "length": this is the last token that was
+            allowed, and part of the answer; "cancelled": no token.
+        usage: With the last step only.
+    """
+
+    token_id: int
+    logprob: float
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the token belongs to the answer: stop ids and cancelled steps do not."""
+        return self.finish_reason is None or self.finish_reason == "length"
+
+
+def stream(
+    model: LanguageModel,
+    prompt_ids: Sequence[int],
+    options: SamplingOptions,
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    cancel: CancelToken | None = None,
+    prefill_chunk_tokens: int = 512,
+    cache: hf.Cache | None = None,
+) -> Iterator[Step]:
+    """Generates one answer, token by token.
+
+    Args:
+        model: The language model.
+        prompt_ids: Ids of the prompt; with a cache, only what follows the tokens in it.
+        options: How tokens are chosen. Penalty and bans look at `prompt_ids` and the answer, not at the cache.
+        stop_ids: Ids that end the answer.
+        max_new_tokens: Limit of the answer. Where the model's context leaves less room, that is the limit.
+        cancel: Ends the answer early; looked at before each chunk of the prompt and each token.
+        prefill_chunk_tokens: Tokens of the prompt per model call: bounds memory, and the time until cancel is seen.
+        cache: Tokens of earlier turns. Afterwards it holds prompt and answer too, but for the last token given out.
+
+    Returns:
+        A generator of steps; the last one has a finish_reason. Closing it early is fine.
+
+    Raises:
+        UsageError: The prompt is empty, has ids the model does not know or leaves no room for an answer; or a number
+            is out of range. Raised by this call, before the first step.
+        GenerationError: From the generator: the model's logits are not finite.
+    """
+    _check_limits(model, options, max_new_tokens=max_new_tokens, prefill_chunk_tokens=prefill_chunk_tokens)
+    cached = cache.get_seq_length() if cache is not None else 0
+    limit = _answer_limit(model, prompt_ids, max_new_tokens, cached)
+    if cache is None:
+        cache = new_cache(model, 1, len(prompt_ids) + min(limit, _FIRST_ROOM_TOKENS))
+    batch = _Batch(model, [prompt_ids], [0], options, row_generators(options, 1), cache)
+    return _steps(batch, frozenset(stop_ids), limit, cancel or CancelToken(), prefill_chunk_tokens, cached)
+
+
+def _steps(
+    batch: _Batch, stop_ids: frozenset[int], limit: int, cancel: CancelToken, chunk_tokens: int, cached: int
+) -> Iterator[Step]:
+    prompt_tokens = 0
+    started = time.perf_counter()
+    prefill_seconds = decode_seconds = 0.0
+
+    def usage(tokens: int) -> Usage:
+        return Usage(cached, prompt_tokens, tokens, prefill_seconds, decode_seconds)
+
+    for prompt_tokens in batch.prefill(chunk_tokens):  # noqa: B007 - read by usage()
+        if cancel.cancelled:
+            break
+    prefill_seconds = time.perf_counter() - started
+    for count in range(limit):
+        if cancel.cancelled:
+            yield Step(NO_TOKEN, 0.0, "cancelled", usage(count))
+            return
+        started = time.perf_counter()
+        drawn = batch.advance()
+        if count == 0:
+            prefill_seconds += time.perf_counter() - started
+        else:
+            decode_seconds += time.perf_counter() - started
+        token, logprob = drawn.token_ids[0], drawn.logprobs[0]
+        if token in stop_ids:
+            yield Step(token, logprob, "stop", usage(count + 1))
+            return
+        if count + 1 == limit:
+            yield Step(token, logprob, "length", usage(count + 1))
+            return
+        yield Step(token, logprob)
+
+
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    *,
+    stop_ids: Collection[int],
+    max_new_tokens: int,
+    batch_size: int,
+    cancel: CancelToken | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    prefill_chunk_tokens: int = 512,
+) -> list[list[int]]:
+    """Generates an answer for each of many prompts.
+
+    Prompts of similar length share a batch, padded on the left; a finished row leaves its batch. With a seed, a row's
+    answer depends on the seed, its number in `prompts` and its prompt: row i of a batch is
+    `stream(..., replace(options, seed=row_seed(seed, i)))`, up to rounding in the model.
+
+    Args:
+        model: The language model; a call must accept `attention_mask` and `position_ids`.
+        prompts: Ids of each prompt.
+        options: How tokens are chosen.
+        stop_ids: Ids that end an answer.
+        max_new_tokens: Limit of each answer; less where the model's context leaves less room.
+        batch_size: Rows per batch.
+        cancel: Ends all; looked at before each chunk of a prompt and each token.
+        progress: Called with (rows finished, rows in all) whenever rows finish.
+        prefill_chunk_tokens: Tokens of the prompts per model call.
+
+    Returns:
+        The answers in the order of the prompts, without stop ids. After a cancel, what is there until then.
+
+    Raises:
+        UsageError: A prompt or a number does not fit; before anything is computed.
+        GenerationError: The model's logits are not finite.
+    """
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "prefill_chunk_tokens": prefill_chunk_tokens}
+    _check_limits(model, options, **sizes)
+    limits = [_answer_limit(model, prompt, max_new_tokens, 0) for prompt in prompts]
+    generators = row_generators(options, len(prompts))
+    cancel = cancel or CancelToken()
+    answers: list[list[int]] = [[] for _ in prompts]
+    finished = 0
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # longest first: memory runs out at once
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        room = len(prompts[rows[0]]) + min(max(limits[row] for row in rows), _FIRST_ROOM_TOKENS)
+        batch = _Batch(
+            model,
+            [prompts[row] for row in rows],
+            rows,
+            options,
+            [generators[row] for row in rows],
+            new_cache(model, len(rows), room),
+        )
+        for _ in batch.prefill(prefill_chunk_tokens):
+            if cancel.cancelled:
+                return answers
+        for done in _answer_rows(batch, answers, frozenset(stop_ids), limits, cancel):
+            finished += done
+            if progress is not None:
+                progress(finished, len(prompts))
+        if cancel.cancelled:
+            return answers
+    return answers
+
+
+def _answer_rows(
+    batch: _Batch, answers: list[list[int]], stop_ids: frozenset[int], limits: Sequence[int], cancel: CancelToken
+) -> Iterator[int]:
+    """Advances a batch until its rows are finished; yields how many finished whenever some do."""
+    running = set(batch.rows)
+    while running and not cancel.cancelled:
+        before = len(running)
+        for row, token in zip(batch.rows, batch.advance().token_ids):
+            if row not in running:
+                continue
+            if token not in stop_ids:
+                answers[row].append(token)
+            if token in stop_ids or len(answers[row]) == limits[row]:
+                running.discard(row)
+        if len(running) < before:
+            yield before - len(running)
+        # Dropping rows copies the cache, so it waits until that halves the work.
+        if running and 2 * len(running) <= len(batch.rows):
+            batch.select([place for place, row in enumerate(batch.rows) if row in running])
+
+
+class _Batch:
+    """Rows that advance together: their cache, their place in it, and what they have said so far.
+
+    Args:
+        model: The language model.
+        prompts: Ids of each row.
+        rows: The rows' numbers in the caller's list.
+        options: How tokens are chosen.
+        generators: Random numbers of each row.
+        cache: Empty, or for a single row with earlier tokens.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        options: SamplingOptions,
+        generators: Sequence[Random],
+        cache: hf.Cache,
+    ) -> None:
+        self.model, self.options, self.cache = model, options, cache
+        self.rows, self.generators = list(rows), list(generators)
+        self.history = [[int(token) for token in prompt] for prompt in prompts]
+        self.step = 0
+        self.logits = torch.empty(0)  # (B, V) of the last position
+        self.drawn: Draw | None = None
+        lengths = [len(prompt) for prompt in self.history]
+        width = max(lengths)
+        padded = [[0] * (width - len(prompt)) + prompt for prompt in self.history]
+        self.ids = torch.tensor(padded, dtype=torch.int64, device=model.device)  # (B, T)
+        self.mask: Tensor | None = None  # (B, S) and room for more; None without padding
+        self.positions: Tensor | None = None  # (B, T); None: the model counts
+        if min(lengths) < width:
+            pads = torch.tensor([[width - length] for length in lengths], device=model.device)
+            columns = torch.arange(width, device=model.device)
+            self.mask = (columns >= pads).long()
+            self.positions = (columns - pads).clamp_(min=0)
+
+    def prefill(self, chunk_tokens: int) -> Iterator[int]:
+        """Reads the prompts; yields before each chunk, and at the end, the number of tokens read so far."""
+        width = self.ids.shape[1]
+        for start in range(0, width, chunk_tokens):
+            yield start
+            end = min(start + chunk_tokens, width)
+            mask = None if self.mask is None else self.mask[:, :end]
+            positions = None if self.positions is None else self.positions[:, start:end]
+            self.logits = self._forward(self.ids[:, start:end], mask, positions)
+        if self.positions is not None:
+            self.positions = self.positions[:, -1:]
+        yield width
+
+    def advance(self) -> Draw:
+        """Chooses the next token of every row, after running the model over the last ones."""
+        if self.drawn is not None:
+            if self.mask is not None and self.positions is not None:
+                self.mask = torch.cat((self.mask, self.mask.new_ones((len(self.rows), 1))), dim=1)
+                self.positions = self.positions + 1
+            self.logits = self._forward(self.drawn.ids[:, None], self.mask, self.positions)
+        with torch.inference_mode():
+            self.drawn = sample(
+                self.logits, self.options, self.generators, self.history, step=self.step, rows=self.rows
+            )
+        for history, token in zip(self.history, self.drawn.token_ids):
+            history.append(token)
+        self.step += 1
+        return self.drawn
+
+    def select(self, places: Sequence[int]) -> None:
+        """Keeps some rows of the batch, by their place in it."""
+        assert isinstance(self.cache, BufferCache)
+        assert self.drawn is not None
+        self.cache.select_rows(places)
+        kept = torch.tensor(places, device=self.drawn.ids.device)
+        self.drawn = self.drawn._replace(ids=self.drawn.ids[kept])
+        self.mask = None if self.mask is None else self.mask[kept]
+        self.positions = None if self.positions is None else self.positions[kept]
+        for name in ("rows", "generators", "history"):
+            values = getattr(self, name)
+            setattr(self, name, [values[place] for place in places])
+
+    # Inference mode ends before any `yield`: left open there, it would leak into the consumer's code.
+    @torch.inference_mode()
+    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+
+def _check_limits(model: LanguageModel, options: SamplingOptions, **sizes: int) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise UsageError(f"{name}={value!r}: expected a whole number, 1 or more")
+    options.check_vocabulary(model.config.vocab_size)
+
+
+def _answer_limit(model: LanguageModel, prompt: Sequence[int], max_new_tokens: int, cached: int) -> int:
+    """How many tokens an answer may have: what was asked for, or what the context leaves."""
+    if not len(prompt):
+        raise UsageError("the prompt is empty: expected at least one token id")
+    vocabulary = model.config.vocab_size
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        bad = next(token for token in prompt if not 0 <= token < vocabulary)
+        raise UsageError(
+            f"the prompt has the token id {bad}: expected 0 to {vocabulary - 1}",
+            hint="tokenizer and model do not belong together",
+        )
+    context = getattr(model.config, "seq_length", None)
+    if context is None:
+        return max_new_tokens
+    room = context - cached - len(prompt)
+    if room < 1:
+        raise UsageError(
+            f"the prompt has {cached + len(prompt)} tokens: expected fewer than the model's context of {context}",
+            hint="shorten the prompt or leave out old turns",
+        )
+    return min(max_new_tokens, room)

@@ -1,0 +1,187 @@
+"""ADGEN: write advertising copy from attribute lists, and score it as ChatGLM-6B's and ChatGLM2-6B's scripts do.
+
+Source: the metric recipe of ptuning/main.py of ChatGLM-6B and ChatGLM2-6B. What differs on purpose: labels are whole
+(the official script cuts them to the target length), and an empty text scores 0 and is counted instead of raising.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from glmkit.chat.templates import prompt_ids
+from glmkit.data.records import Record
+from glmkit.errors import DataError, MissingDependencyError, UsageError
+from glmkit.evaluate.rouge import bleu_4, rouge_l, rouge_n, words_of
+
+METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
+_PREDICTIONS_FILE = "generated_predictions.txt"
+
+
+def score(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Score predictions against labels.
+
+    Args:
+        predictions: Generated texts.
+        labels: One reference for each.
+
+    Returns:
+        Means of rouge-1, rouge-2, rouge-l and bleu-4 in percent, of values rounded to 4 decimals per sample; and
+        "empty", how many pairs scored 0 because one side has no text.
+
+    Raises:
+        UsageError: If the numbers of predictions and labels differ or are 0.
+        MissingDependencyError: If jieba is not installed.
+    """
+    if len(predictions) != len(labels) or not predictions:
+        raise UsageError(f"{len(predictions)} predictions and {len(labels)} labels: as many of each, at least one")
+    rows = [score_pair(prediction, label) for prediction, label in zip(predictions, labels)]
+    empty = sum(row is None for row in rows)
+    means = {name: sum(row[name] for row in rows if row is not None) / len(rows) for name in METRICS}
+    return {**means, "empty": empty}
+
+
+def score_pair(prediction: str, label: str) -> dict[str, float] | None:
+    """Score one prediction.
+
+    Args:
+        prediction: The generated text.
+        label: Its reference.
+
+    Returns:
+        The four metrics in percent, rounded to 4 decimals; None if one side has no text.
+
+    Raises:
+        MissingDependencyError: If jieba is not installed.
+    """
+    found, wanted = words_of(" ".join(_segment(prediction))), words_of(" ".join(_segment(label)))
+    if not found or not wanted:
+        return None
+    values = (rouge_n(found, wanted, 1), rouge_n(found, wanted, 2), rouge_l(found, wanted), bleu_4(prediction, label))
+    return {name: round(value * 100, 4) for name, value in zip(METRICS, values)}
+
+
+def evaluate_adgen(
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[Record],
+    *,
+    options: Any,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    output_dir: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+    limit: int | None = None,
+) -> dict[str, float]:
+    """Generate an answer for every record, score them, and write both as the official scripts do.
+
+    Predictions are written as they come, so a run that was cut continues where it stopped when called again with the
+    same records and output folder.
+
+    Args:
+        model: The model, in eval mode.
+        tokenizer: Its tokenizer.
+        records: What to ask and the answers to compare with.
+        options: `glmkit.engine.sampling.SamplingOptions`.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Answers generated together.
+        output_dir: Folder for generated_predictions.txt (a line of JSON with labels and predict for each record) and
+            predict_results.json.
+        progress: Called with the number of records done and of all records.
+        limit: Use only the first records.
+
+    Returns:
+        What predict_results.json holds: predict_rouge-1, predict_rouge-2, predict_rouge-l, predict_bleu-4,
+        predict_samples, predict_empty, predict_runtime (seconds, of this call), predict_samples_per_second.
+
+    Raises:
+        DataError: If the folder holds predictions for other records.
+    """
+    from glmkit.engine.decode import generate_batch
+
+    records = records[:limit]
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = output_dir / _PREDICTIONS_FILE
+    predictions = _earlier_predictions(file, records)
+    already = len(predictions)
+    started = time.monotonic()
+    if progress is not None:
+        progress(already, len(records))
+    # Chunks of several batches: long enough to sort by length, short enough to lose little when cut.
+    chunk = batch_size * 8
+    with open(file, "a", encoding="utf-8") as lines:
+        for start in range(already, len(records), chunk):
+            members = records[start : start + chunk]
+            prompts = [prompt_ids(tokenizer, record.prompt) for record in members]
+            answers = generate_batch(
+                model,
+                prompts,
+                options,
+                stop_ids=tokenizer.stop_ids,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+            )
+            for record, ids in zip(members, answers):
+                predictions.append(answer_text(tokenizer, ids))
+                row = {"labels": record.answer, "predict": predictions[-1]}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.flush()
+            if progress is not None:
+                progress(len(predictions), len(records))
+    seconds = time.monotonic() - started
+    scores = score(predictions, [record.answer for record in records])
+    results = {
+        **{f"predict_{name}": round(scores[name], 4) for name in METRICS},
+        "predict_samples": len(records),
+        "predict_empty": int(scores["empty"]),
+        "predict_runtime": round(seconds, 2),
+        "predict_samples_per_second": round((len(records) - already) / seconds, 3) if seconds > 0 else 0.0,
+    }
+    (output_dir / "predict_results.json").write_text(json.dumps(results, indent=4) + "\n")
+    return results
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Turn the ids of a plain answer into text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        ids: What the model wrote, without the stop id.
+
+    Returns:
+        The text without the line that generation 3 puts in front of every answer, and without blanks around it.
+    """
+    return str(tokenizer.decode(list(ids))).strip()
+
+
+def _earlier_predictions(file: Path, records: Sequence[Record]) -> list[str]:
+    """Read what an earlier, cut run has written, check that it is for these records, and drop half a last line."""
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines = text.split("\n")[:-1]
+    predictions = []
+    for number, line in enumerate(lines):
+        row = json.loads(line)
+        if number >= len(records) or row["labels"] != records[number].answer:
+            raise DataError(
+                f"{file}:{number + 1} holds a prediction for another record",
+                hint="choose another output folder, or delete this file",
+            )
+        predictions.append(row["predict"])
+    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return predictions
+
+
+def _segment(text: str) -> list[str]:
+    try:
+        import jieba
+    except ImportError:
+        raise MissingDependencyError("jieba", "evaluate") from None
+    jieba.setLogLevel(logging.WARNING)  # it reports the loading of its dictionary on stderr
+    return list(jieba.cut(text))

@@ -1,0 +1,83 @@
+"""Editing a message at a terminal: several lines, paste, history, completion of commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+
+from glmkit.chat.transcript import state_folder
+
+
+class LineEditor:
+    """Reads messages from a terminal.
+
+    Args:
+        commands: Commands to complete, with what they do.
+    """
+
+    def __init__(self, commands: Mapping[str, str]) -> None:
+        self._session: PromptSession[str] = PromptSession(
+            "> ",
+            multiline=True,  # so that a pasted text keeps its lines; Enter sends all the same
+            prompt_continuation="  ",
+            history=_history(),
+            completer=_CommandCompleter(commands),
+            complete_while_typing=False,
+            key_bindings=_keys(),
+        )
+
+    def read(self) -> str:
+        """Reads one message.
+
+        Returns:
+            Its text, perhaps of several lines.
+
+        Raises:
+            EOFError: Ctrl-D on an empty line.
+            KeyboardInterrupt: Ctrl-C.
+        """
+        return self._session.prompt()
+
+
+class _CommandCompleter(Completer):
+    def __init__(self, commands: Mapping[str, str]) -> None:
+        self._commands = commands
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        typed = document.text
+        if typed.startswith(("/", "!")) and " " not in typed:
+            for command, text in self._commands.items():
+                if command[1:].startswith(typed[1:]):
+                    yield Completion(typed[0] + command[1:], start_position=-len(typed), display_meta=text)
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: Any) -> None:
+        event.current_buffer.validate_and_handle()
+
+    # Alt-Enter arrives as Escape and Enter; Ctrl-J is what some terminals send for Shift-Enter.
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def begin_line(event: Any) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _history() -> History:
+    path = state_folder() / "input_history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+        return FileHistory(str(path))
+    except OSError:
+        return InMemoryHistory()

@@ -1,0 +1,309 @@
+"""Chatting in a terminal: `glm chat`, as a loop or with one question.
+
+The answer, and nothing else, goes to standard output; everything about it goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from glmkit.cli import paint
+from glmkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from glmkit.chat.conversation import Reply, ReplyStream
+    from glmkit.chat.session import Session
+    from glmkit.chat.transcript import Transcript
+    from glmkit.engine.decode import CancelToken
+
+DEFAULT_MODEL = "glm-nano"
+_SCHEMA = 1
+_WAIT_SECONDS = 3.0
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line end
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """What `glm chat` was asked for.
+
+    Args:
+        model: Folder, name or hub id; None is that of the conversation to continue, or glm-nano.
+        prompt: One question; "-" is standard input. None is the loop.
+        system: System prompt.
+        loading: Arguments of `glmkit.load`.
+        sampling: Settings of `glmkit.chat.choices.choose`.
+        json: Print one JSON object in place of the answer.
+        continued: Go on with the last conversation.
+        plain: No line editor.
+        verbose: Print speed and tokens after each answer.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    system: str | None = None
+    loading: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    json: bool = False
+    continued: bool = False
+    plain: bool = False
+    verbose: bool = False
+
+
+def run(request: ChatRequest) -> int:
+    """Chats.
+
+    Args:
+        request: What was asked for.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        GlmkitError: What the user can cure.
+    """
+    if request.json and request.prompt is None:
+        raise UsageError("--json prints one answer and needs a question", hint='glm chat --json --prompt "你好"')
+    # What can be wrong with the request is found before the seconds that loading takes.
+    question = None if request.prompt is None else read_question(request.prompt)
+    session = _open_session(request)
+    if question is not None:
+        return _answer_once(session, question, request)
+    from glmkit.terminal_loop import ChatLoop
+
+    return ChatLoop(session, line_editor=not request.plain, verbose=request.verbose).run()
+
+
+def notice(text: str) -> None:
+    """Prints something about the conversation on standard error.
+
+    Args:
+        text: What.
+    """
+    print(paint(text, "2", sys.stderr), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Takes out the control characters with which a text could take over a terminal.
+
+    Args:
+        text: What a model wrote.
+    """
+    return _CONTROL.sub("", text)
+
+
+# --- beginning ---
+
+
+def read_question(prompt: str) -> str:
+    """Puts the question together from the flag and standard input.
+
+    Args:
+        prompt: What followed `--prompt`; "-" stands for standard input. Other text is followed by what is piped in.
+
+    Raises:
+        UsageError: There is no text, or it is not UTF-8.
+    """
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
+    if prompt == "-":
+        if sys.stdin is not None and sys.stdin.isatty():
+            piped = _read_stdin()
+        question = piped
+    else:
+        question = f"{prompt}\n\n{piped}" if piped else prompt
+    if not question.strip():
+        raise UsageError("the question is empty", hint='glm chat --prompt "你好"')
+    return question
+
+
+def _read_stdin() -> str:
+    # A program that started this one may hold the other end of the pipe open without knowing it.
+    timer = threading.Timer(_WAIT_SECONDS, notice, ["reading standard input to its end; '< /dev/null' gives none"])
+    timer.daemon = True
+    timer.start()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not UTF-8 (byte {error.start})", hint="iconv -f GB18030 -t UTF-8 FILE | glm chat -p -"
+        ) from None
+    finally:
+        timer.cancel()
+
+
+def _open_session(request: ChatRequest) -> Session:
+    from glmkit.location import locate
+
+    earlier, path = _earlier(request)
+    name = request.model or (earlier.model if earlier else DEFAULT_MODEL)
+    arguments = dict(request.loading)
+    if earlier is not None and earlier.model == name and arguments.get("adapter") is None:
+        arguments["adapter"] = earlier.adapter
+    locate(name, download=bool(arguments.get("download")))
+    if sys.stderr.isatty():
+        notice(f"loading {name} …")
+    from glmkit.chat.session import Session
+    from glmkit.loading import load
+
+    loaded = load(name, **arguments)
+    if loaded.family is not None and not loaded.family.chat:
+        notice(f"warning: {loaded.family.name} is a base model: it continues texts and was not trained to chat")
+    session = Session(
+        loaded,
+        name,
+        messages=earlier.messages if earlier else (),
+        settings=(earlier.settings if earlier else {}) | request.sampling,
+        path=path,
+        warn=lambda text: notice(f"warning: {text}"),
+    )
+    if request.system is not None:
+        session.set_system(request.system)
+    return session
+
+
+def _earlier(request: ChatRequest) -> tuple[Transcript | None, Path | None]:
+    """The conversation to continue, if any, and the file of the one that begins.
+
+    One question is kept on disk only as part of a conversation that it continues.
+    """
+    from glmkit.chat import transcript
+
+    if not request.continued:
+        return None, None if request.prompt is not None else transcript.new_path()
+    path = transcript.newest_path()
+    if path is None:
+        raise UsageError("there is no earlier conversation to continue", hint="start one without --continue")
+    return transcript.read(path), path
+
+
+# --- answering ---
+
+
+@contextmanager
+def ctrl_c_cancels(cancel: CancelToken) -> Iterator[None]:
+    """Lets the first Ctrl-C end the answer and the second end the program.
+
+    Args:
+        cancel: What the first Ctrl-C sets.
+    """
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if cancel.cancelled:
+            raise KeyboardInterrupt
+        cancel.cancel()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def write_answer(replying: ReplyStream, *, quiet: bool = False) -> None:
+    """Prints an answer on standard output as it arrives.
+
+    Args:
+        replying: The answer.
+        quiet: Print nothing.
+    """
+    ended = True
+    for piece in replying:
+        shown = printable(piece)
+        if shown and not quiet:
+            print(shown, end="", flush=True)
+            ended = shown.endswith("\n")
+    if not ended:
+        print(flush=True)
+
+
+def report(reply: Reply, *, verbose: bool, known_dropped_turns: int = 0) -> None:
+    """Says on standard error what the answer itself does not show.
+
+    Args:
+        reply: The answer.
+        verbose: Also say what is as usual: tokens and speed.
+        known_dropped_turns: How many turns were left out before, and reported then.
+    """
+    if reply.dropped_turns > known_dropped_turns:
+        turns = "turn was" if reply.dropped_turns == 1 else f"{reply.dropped_turns} turns were"
+        notice(f"[the context is full: the oldest {turns} left out]")
+    if reply.tool_call is not None:
+        arguments = json.dumps(reply.tool_call.arguments, ensure_ascii=False, default=str)
+        notice(f"[calls the tool {reply.tool_call.name} with {printable(arguments)}]")
+    if reply.malformed is not None:
+        notice(f"[not a usable tool call: {printable(reply.malformed)}]")
+    if reply.finish_reason == "length":
+        notice("[cut at the longest length allowed]")
+    if reply.finish_reason == "cancelled":
+        notice("[stopped]")
+    if verbose:
+        notice(describe(reply))
+
+
+def describe(reply: Reply) -> str:
+    """Tokens and speed of an answer in one line.
+
+    Args:
+        reply: The answer.
+    """
+    usage, timings = reply.usage, reply.timings
+    return (
+        f"[{usage.completion_tokens} tokens, {timings.tokens_per_second:.1f} tokens/s; "
+        f"prompt {usage.prompt_tokens} tokens in {timings.prefill_seconds:.2f} s; ended by: {reply.finish_reason}]"
+    )
+
+
+def _answer_once(session: Session, question: str, request: ChatRequest) -> int:
+    from glmkit.engine.decode import CancelToken
+
+    cancel = CancelToken()
+    with ctrl_c_cancels(cancel):
+        replying = session.ask(question, cancel)
+        write_answer(replying, quiet=request.json)
+    reply = session.finish(replying)
+    if request.json:
+        print(_escaped(json.dumps(_as_json(session, reply), ensure_ascii=False, indent=2)))
+    report(reply, verbose=request.verbose)
+    return 130 if reply.finish_reason == "cancelled" else 0
+
+
+def _as_json(session: Session, reply: Reply) -> dict[str, Any]:
+    call = reply.tool_call
+    return {
+        "schema": _SCHEMA,
+        "model": session.name,
+        "adapter": None if session.loaded.adapter is None else str(session.loaded.adapter),
+        "text": reply.text,
+        "tool_call": None if call is None else {"name": call.name, "arguments": call.arguments},
+        "malformed": reply.malformed,
+        "finish_reason": reply.finish_reason,
+        "dropped_turns": reply.dropped_turns,
+        "seed": session.seed,
+        "usage": {
+            "prompt_tokens": reply.usage.prompt_tokens,
+            "completion_tokens": reply.usage.completion_tokens,
+            "total_tokens": reply.usage.prompt_tokens + reply.usage.completion_tokens,
+        },
+        "timings": {
+            "prefill_seconds": round(reply.timings.prefill_seconds, 4),
+            "decode_seconds": round(reply.timings.decode_seconds, 4),
+            "tokens_per_second": round(reply.timings.tokens_per_second, 2),
+        },
+    }
+
+
+def _escaped(text: str) -> str:
+    """JSON itself escapes control characters below 0x20 only."""
+    return re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,0 +1,108 @@
+"""Lists of ids: their masks, positions and padding, nested or not, and texts that cannot become ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glmkit.errors import TokenizerError
+
+
+def refuse_surrogates(text: object, where: str = "the text") -> None:
+    """Refuses text that is not valid Unicode.
+
+    Args:
+        text: A string, or strings in lists and tuples; anything else passes.
+        where: What the message calls the string.
+
+    Raises:
+        TokenizerError: A string has a lone surrogate; the message says which and where.
+    """
+    if isinstance(text, str):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise TokenizerError(
+                f"{where} has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
+                "half a character, which cannot be encoded",
+                hint="decode the text with its right encoding, or drop them: text.encode('utf-8', 'ignore').decode()",
+            ) from None
+    elif isinstance(text, (list, tuple)):
+        for number, one in enumerate(text):
+            refuse_surrogates(one, f"text {number}" if isinstance(text, list) else where)
+
+
+def to_lists(value: Any) -> Any:
+    """Turns tensors and arrays, also inside lists, into lists.
+
+    Args:
+        value: Ids in any form.
+
+    Returns:
+        The same as lists of integers.
+    """
+    if isinstance(value, (list, tuple)):
+        return [to_lists(one) for one in value] if value and not isinstance(value[0], int) else list(value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def tensor_type(value: Any) -> str | None:
+    """Tells what ids are stored in.
+
+    Args:
+        value: Ids in any form.
+
+    Returns:
+        "pt" for tensors, "np" for arrays, None for lists.
+    """
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    if not hasattr(value, "tolist"):
+        return None
+    return "pt" if type(value).__module__.startswith("torch") else "np"
+
+
+def positions(mask: Any) -> Any:
+    """Counts positions along a mask.
+
+    Args:
+        mask: A list of 0 and 1, or a list of such lists.
+
+    Returns:
+        0, 1, 2, ... where the mask is 1, and 0 where it is 0.
+    """
+    if mask and isinstance(mask[0], list):
+        return [positions(row) for row in mask]
+    counted, seen = [], 0
+    for bit in mask:
+        counted.append(seen if bit else 0)
+        seen += bit
+    return counted
+
+
+def ones_like(ids: Any) -> Any:
+    """Makes the mask of ids without padding.
+
+    Args:
+        ids: A list of ids, or a list of such lists.
+
+    Returns:
+        As many ones.
+    """
+    return [ones_like(row) for row in ids] if ids and isinstance(ids[0], list) else [1] * len(ids)
+
+
+def pad_like(values: Any, ids: Any, left: bool) -> Any:
+    """Fills values with zeros to the length of padded ids.
+
+    Args:
+        values: A list, or a list of lists.
+        ids: Padded ids of the same nesting.
+        left: Whether the zeros go in front.
+
+    Returns:
+        The filled values.
+    """
+    if ids and isinstance(ids[0], list):
+        return [pad_like(row, target, left) for row, target in zip(values, ids)]
+    zeros = [0] * (len(ids) - len(values))
+    return zeros + values if left else values + zeros

@@ -1,0 +1,143 @@
+"""What a folder (or hub id) with a ChatGLM tokenizer says: its files, and which generation it belongs to.
+
+ChatGLM2 and ChatGLM3 use the same SentencePiece file, and their configuration differs in nothing that must be there. So
+the generation is decided from several signs, and never when they disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from glmkit.errors import TokenizerError
+from glmkit.hf import cached_file
+
+MODEL_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer_config.json"
+# What the generation is decided from; a hub id is fetched file by file, and code as text only.
+_SIGN_FILES = (CONFIG_FILE, "config.json", "tokenization_chatglm.py")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+MAX_SIGN_BYTES = 2**20  # of each file that is read as a sign; the official ones have a few kilobytes
+_NAME = re.compile(r"chatglm([23])(?!\d)|(?<![a-z])glm([23])(?=_)", re.IGNORECASE)
+_CURE = "say which one it is: generation=2 (ChatGLM2) or generation=3 (ChatGLM3)"
+
+
+def decide_generation(folder: Path, generation: int | None = None) -> int:
+    """Decides between generation 2 and 3.
+
+    Signs, each 2, 3 or absent: `name_or_path` in tokenizer_config.json, role tokens in tokenizer_config.json,
+    `_name_or_path` in config.json, and the text of tokenization_chatglm.py, which is read and never run. The key
+    `generation` in tokenizer_config.json, which glmkit writes, beats them; the argument beats that.
+
+    Args:
+        folder: The folder of tokenizer.model.
+        generation: 2 or 3 if the caller knows.
+
+    Returns:
+        2 or 3.
+
+    Raises:
+        TokenizerError: No sign, signs that disagree, or a generation that does not exist.
+    """
+    tokenizer_text = _read(folder / "tokenizer_config.json")
+    tokenizer_config = _object(tokenizer_text)
+    told = tokenizer_config.get("generation") if generation is None else generation
+    if told is not None:
+        if not isinstance(told, int) or told not in (2, 3):
+            raise TokenizerError(f"there is no generation {told!r} of this tokenizer", hint=_CURE)
+        return told
+    signs = {
+        "name_or_path in tokenizer_config.json": _named(tokenizer_config.get("name_or_path")),
+        "role tokens in tokenizer_config.json": 3
+        if "<|system|>" in tokenizer_text or "<|user|>" in tokenizer_text
+        else None,
+        "_name_or_path in config.json": _named(_object(_read(folder / "config.json")).get("_name_or_path")),
+        "the text of tokenization_chatglm.py": _coded(_read(folder / "tokenization_chatglm.py")),
+    }
+    found = {sign: number for sign, number in signs.items() if number is not None}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    listed = "; ".join(f"{sign}: {number or 'no sign'}" for sign, number in signs.items())
+    problem = "the signs disagree" if found else "there is no sign"
+    raise TokenizerError(f"{folder} may be ChatGLM2 or ChatGLM3: {problem} ({listed})", hint=_CURE)
+
+
+def _read(path: Path) -> str:
+    """The text of a small file, or nothing."""
+    if not path.is_file() or path.stat().st_size > MAX_SIGN_BYTES:
+        return ""
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _named(name: object) -> int | None:
+    if not isinstance(name, str):
+        return None
+    numbers = {int(first or second) for first, second in _NAME.findall(name)}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _coded(text: str) -> int | None:
+    if "<|system|>" in text:
+        return 3
+    return 2 if "class ChatGLMTokenizer" in text and "ice_text" not in text else None
+
+
+def fetch_model_file(name: str, hub: Mapping[str, Any]) -> Path:
+    """Fetches the tokenizer's files of a hub id.
+
+    Args:
+        name: The hub id.
+        hub: Arguments for the hub, out of HUB_ARGUMENTS.
+
+    Returns:
+        The path of its tokenizer.model, with the other files beside it.
+
+    Raises:
+        TokenizerError: The file cannot be fetched.
+    """
+    for file_name in _SIGN_FILES:
+        try:
+            cached_file(name, file_name, **hub)
+        except OSError:
+            continue  # each of them may be absent; what is needed is missed later, by name
+    try:
+        return Path(cached_file(name, MODEL_FILE, **hub))
+    except OSError as error:
+        raise TokenizerError(
+            f"{name!r} is no folder, and {MODEL_FILE} could not be fetched from the hub: {error}",
+            hint="check the path or the hub id; with HF_HUB_OFFLINE=1 only what was downloaded before is found",
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a tokenizer_config.json.
+
+    Args:
+        path: The file, which may be absent.
+
+    Returns:
+        Its content, or nothing.
+
+    Raises:
+        TokenizerError: The file is no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path} is no JSON: {error}", hint="copy it again") from error
+    if not isinstance(config, dict):
+        raise TokenizerError(f"{path} is a JSON {type(config).__name__}, expected an object", hint="copy it again")
+    return config

@@ -1,0 +1,238 @@
+"""A SentencePiece BPE file as a fast Rust tokenizer, with the same ids and the same decoded text.
+
+SentencePiece merges, again and again, the adjacent pair whose joined piece has the highest score. A Rust BPE wants a
+list of pairs in order of preference instead. Both are the same when every way to split a piece into two pieces is
+listed, in the order of the pieces' scores. SentencePiece's own normaliser is the identity here: the text gets one `▁`
+in front (the dummy prefix) and every blank becomes `▁`.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers
+
+from glmkit.errors import TokenizerError
+
+SPACE = "▁"
+MAX_FILE_BYTES = 64 * 2**20  # the released file has 1 MB
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types of the SentencePiece file format
+_EACH_BYTE = "glmkit.each_byte"
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """Gives one U+FFFD per undecodable byte, as SentencePiece does; Python alone gives one per broken character."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(_EACH_BYTE, _replace_each_byte)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a SentencePiece BPE file holds.
+
+    Args:
+        texts: The piece of every id.
+        types: The type of every id (NORMAL, UNKNOWN, CONTROL or BYTE).
+        scores: The score of every id; a higher score merges first.
+        add_dummy_prefix: Whether a blank is put in front of every text.
+        data: The file as it is, so that it can be saved again.
+    """
+
+    texts: tuple[str, ...]
+    types: tuple[int, ...]
+    scores: tuple[float, ...]
+    add_dummy_prefix: bool
+    data: bytes
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def read_pieces(path: Path) -> Pieces:
+    """Reads a SentencePiece file and refuses everything but what ChatGLM2, ChatGLM3 and glm-nano use.
+
+    Args:
+        path: The file, usually `tokenizer.model`.
+
+    Returns:
+        Its pieces.
+
+    Raises:
+        TokenizerError: The file is missing, too large, truncated, not SentencePiece, not BPE, or asks for something
+            that this tokenizer does not do; the message says which.
+    """
+    if not path.is_file():
+        raise TokenizerError(
+            f"no tokenizer: {path} is missing", hint="copy tokenizer.model from the checkpoint's original repository"
+        )
+    size_bytes = path.stat().st_size
+    if size_bytes > MAX_FILE_BYTES:
+        raise TokenizerError(f"{path} has {size_bytes} bytes; a SentencePiece file has at most {MAX_FILE_BYTES}")
+    data = path.read_bytes()
+    model = _parse(path, data)
+    problem = _unsupported(model)
+    if problem:
+        raise TokenizerError(
+            f"{path} is no tokenizer of ChatGLM2 or ChatGLM3: {problem}",
+            hint="check that the file belongs to this checkpoint",
+        )
+    triples = [(piece.piece, piece.type, piece.score) for piece in model.pieces]
+    texts, types, scores = zip(*triples)
+    return Pieces(texts, types, scores, model.normalizer_spec.add_dummy_prefix, data)
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise TokenizerError(
+            f"{path} ({len(data)} bytes) is truncated or no SentencePiece file: {error}",
+            hint="copy it again; a file of a few hundred bytes is often a Git LFS pointer (`git lfs pull`)",
+        ) from error
+    # The specifications lie behind the pieces, so a file cut at a piece boundary parses but lacks them.
+    if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
+        raise TokenizerError(
+            f"{path} ({len(data)} bytes) is truncated or no SentencePiece file: "
+            f"{len(model.pieces)} pieces, and the trainer's or the normaliser's specification is missing",
+            hint="copy it again",
+        )
+    return model
+
+
+def _unsupported(model: Any) -> str | None:
+    """The first property that this tokenizer does not do, in words, or None."""
+    trainer, normalizer, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
+    if trainer.model_type != trainer.BPE:
+        return f"the model type is {trainer.ModelType.Name(trainer.model_type)}, expected BPE"
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
+        return f"the normaliser is {normalizer.name or 'unnamed'} or removes blanks, expected the identity"
+    if trainer.treat_whitespace_as_suffix:
+        return "blanks are suffixes, expected prefixes"
+    if len({piece.piece for piece in pieces}) != len(pieces):
+        return "a piece occurs twice"
+    types = [piece.type for piece in pieces]
+    expected = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256
+    if types[: len(expected)] != expected:
+        return "ids 0 to 258 are not <unk>, <s>, </s> and the 256 bytes"
+    if any(kind != NORMAL for kind in types[len(expected) :]):
+        return "there are user-defined, unused or control pieces behind id 258"
+    return None
+
+
+def build_merges(pieces: Pieces) -> list[tuple[str, str]]:
+    """Lists every pair of pieces that joins to a piece, best first.
+
+    Args:
+        pieces: The SentencePiece file.
+
+    Returns:
+        The pairs in the order of the joined piece's score; of two ways to the same piece the one with the longer left
+        half first, because SentencePiece takes the leftmost pair and runs of one character grow from the left.
+    """
+    ranked = sorted(
+        (-score, index) for index, (score, kind) in enumerate(zip(pieces.scores, pieces.types)) if kind == NORMAL
+    )
+    normal = [pieces.texts[index] for _, index in ranked]
+    known = set(normal)
+    return [
+        (left, right)
+        for piece in normal
+        for cut in range(len(piece) - 1, 0, -1)
+        if (left := piece[:cut]) in known and (right := piece[cut:]) in known
+    ]
+
+
+def build_tokenizer(pieces: Pieces, control: Sequence[str]) -> Tokenizer:
+    """Builds the Rust tokenizer.
+
+    Args:
+        pieces: The SentencePiece file.
+        control: Names of the control ids, which follow the file's ids in this order. They are plain entries of the
+            vocabulary that no merge produces, so that no text becomes one.
+
+    Returns:
+        The tokenizer, without special tokens in its post-processor.
+
+    Raises:
+        TokenizerError: A control name is also a piece of the file.
+    """
+    vocabulary = {text: index for index, text in enumerate(pieces.texts)}
+    for offset, name in enumerate(control):
+        if name in vocabulary:
+            raise TokenizerError(f"the SentencePiece file has the piece {name!r}, which must be a control id")
+        vocabulary[name] = len(pieces) + offset
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=build_merges(pieces),
+            unk_token=pieces.texts[0],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    blanks = normalizers.Replace(" ", SPACE)
+    prefix = [normalizers.Prepend(SPACE)] if pieces.add_dummy_prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, blanks])
+    strip = [decoders.Strip(content=" ", left=1, right=0)] if pieces.add_dummy_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+class PieceDecoder:
+    """Turns ids into text exactly as SentencePiece does.
+
+    Bytes that do not form a character become one U+FFFD each, and only the blank of a first piece is dropped (the Rust
+    decoder replaces a whole run of bytes when one of them is wrong).
+
+    Args:
+        pieces: The SentencePiece file.
+        extra: What the ids behind the file's decode to, in order.
+    """
+
+    def __init__(self, pieces: Pieces, extra: Sequence[str]) -> None:
+        self._drops_prefix = pieces.add_dummy_prefix
+        self._bytes: list[bytes] = [
+            bytes([int(text[1:-1], 16)])
+            if kind == BYTE
+            else b""
+            if kind != NORMAL
+            else text.replace(SPACE, " ").encode("utf-8")
+            for text, kind in zip(pieces.texts, pieces.types)
+        ]
+        self._bytes += [text.encode("utf-8") for text in extra]
+        self._byte_ids = frozenset(index for index, kind in enumerate(pieces.types) if kind == BYTE)
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes ids, all of them inside the vocabulary.
+
+        Args:
+            ids: Token ids.
+
+        Returns:
+            The text.
+        """
+        table, parts, undecided = self._bytes, [], self._drops_prefix
+        for index in ids:
+            part = table[index]
+            if undecided and part:
+                undecided = False
+                if part[:1] == b" " and index not in self._byte_ids:
+                    part = part[1:]
+            parts.append(part)
+        return b"".join(parts).decode("utf-8", errors=_EACH_BYTE)

@@ -1,0 +1,66 @@
+"""The object that the official classes keep as `tokenizer.tokenizer`, as far as scripts use it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class _Owner(Protocol):
+    def piece(self, index: int) -> str: ...
+
+    def encode_text(self, text: str) -> list[int]: ...
+
+    def decode_ids(self, ids: Sequence[int]) -> str: ...
+
+
+class SentencePieceView:
+    """What scripts use of the official `tokenizer.tokenizer`: plain SentencePiece without the prefix ids.
+
+    Args:
+        owner: The tokenizer this is a view of.
+        file_ids: How many ids the SentencePiece file has.
+        control: Names of the control ids.
+    """
+
+    def __init__(self, owner: _Owner, file_ids: int, control: Sequence[str]) -> None:
+        self._owner = owner
+        self.special_tokens = {name: file_ids + offset for offset, name in enumerate(control)}
+        self.index_special_tokens = {index: name for name, index in self.special_tokens.items()}
+        self.n_words = file_ids + len(control)
+        self.bos_id, self.eos_id, self.pad_id = 1, 2, 0
+
+    def tokenize(self, s: str) -> list[str]:
+        """Splits a text into pieces.
+
+        Args:
+            s: The text.
+
+        Returns:
+            Its pieces.
+        """
+        return [self._owner.piece(index) for index in self._owner.encode_text(s)]
+
+    def encode(self, s: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Turns a text into ids.
+
+        Args:
+            s: The text.
+            bos: Whether id 1 goes in front.
+            eos: Whether id 2 goes to the end.
+
+        Returns:
+            Token ids.
+        """
+        return [self.bos_id] * bos + self._owner.encode_text(s) + [self.eos_id] * eos
+
+    def decode(self, t: list[int]) -> str:
+        """Turns ids into text.
+
+        Args:
+            t: Token ids.
+
+        Returns:
+            The text.
+        """
+        return self._owner.decode_ids(t)

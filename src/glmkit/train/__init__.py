@@ -1,0 +1,1 @@
+"""Training: recipes, methods, and the one loop that all of them share."""

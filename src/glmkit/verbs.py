@@ -1,0 +1,387 @@
+"""The verbs of the command `glm` and their flags. Each imports its work when it is called, so that help stays fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from glmkit.cli import unknown_verb
+from glmkit.errors import UsageError
+
+# Flags as other tools call them; they work and do not clutter the help.
+_FLAG_SYNONYMS = {
+    "--temp": "--temperature",
+    "--repeat-penalty": "--repetition-penalty",
+    "--system-prompt": "--system",
+    "--adapter-path": "--adapter",
+    "--lora": "--adapter",
+    "--lora-path": "--adapter",
+    "--max-new-tokens": "--max-tokens",
+    "--torch-dtype": "--dtype",
+    "--quantization": "--quantize",
+    "--out-dir": "--output",
+    "--output-dir": "--output",
+}
+
+
+class _Verb(TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {flag for parameter in self.params for flag in parameter.opts}
+        return super().parse_args(ctx, [_canonical_flag(argument, own) for argument in args])
+
+
+class _Verbs(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)  # as they are written here, not by the alphabet
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            raise unknown_verb(args[0], known)
+        return super().resolve_command(ctx, args)
+
+
+def _canonical_flag(argument: str, own: set[str]) -> str:
+    flag, equals, value = argument.partition("=")
+    meant = _FLAG_SYNONYMS.get(flag, flag)
+    return meant + equals + value if flag not in own and meant in own else argument
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Load, chat with, tune and evaluate GLM models.",
+)
+
+
+def command() -> Any:
+    """Builds the parser of the whole command."""
+    return typer.main.get_command(app)
+
+
+def _verb(summary: str) -> Callable[..., Any]:
+    return app.command(cls=_Verb, help=summary, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")] = False,
+) -> None:
+    # Both are taken from the arguments before they are parsed; here they are for the help.
+    pass
+
+
+# --- flags that several verbs share ---
+
+Model = Annotated[str, typer.Argument(help="Folder, model name such as chatglm3-6b, or hub id.", metavar="MODEL")]
+Adapter = Annotated[str | None, typer.Option("--adapter", "-a", help="Folder of a LoRA or P-Tuning adapter.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, npu, ...")]
+Quantize = Annotated[
+    str | None, typer.Option("--quantize", "-q", help="official-int8 or official-int4, done while loading.")
+]
+FamilyName = Annotated[str | None, typer.Option("--family", help="What the folder is, if it does not say it itself.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Fetch the model if it is not on this machine.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+# --- verbs ---
+
+
+@_verb("Talk to a model; with --prompt ask one question.")
+def chat(
+    model: Model = "",
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="One question; '-' is standard input, other piped input follows the text."),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None,
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantize: Quantize = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest answer in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 always takes the likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="1 is off.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="0 is off.")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="0 is off.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty", help="1 is off.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes answers repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; repeatable.")
+    ] = None,
+    continue_: Annotated[bool, typer.Option("--continue", "-c", help="Continue the last conversation.")] = False,
+    json_: Json = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No line editor and no colours.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Speed and tokens after each answer.")] = False,
+    family: FamilyName = None,
+    yes: Yes = False,
+) -> int:
+    """Chats with a model, once or in a loop."""
+    from glmkit.terminal import ChatRequest, run
+
+    sampling = {
+        "max_new_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    loading = {"adapter": adapter, "dtype": dtype, "device": device, "quantize": quantize, "family": family}
+    return run(
+        ChatRequest(
+            model=model or None,
+            prompt=prompt,
+            system=system,
+            loading=loading | {"download": yes},
+            sampling={name: value for name, value in sampling.items() if value is not None},
+            json=json_,
+            continued=continue_,
+            plain=plain,
+            verbose=verbose,
+        )
+    )
+
+
+@_verb("See it all in three minutes, offline.")
+def quickstart(
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for curve and report.")] = "quickstart",
+) -> int:
+    """Runs the tour with the model that comes with the package."""
+    from glmkit import quickstart as tour
+
+    return tour.main(output=output) or 0
+
+
+@_verb("Show what a model is and what memory it needs.")
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, model name or hub id.", metavar="MODEL")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    context: Annotated[int, typer.Option("--context", help="Context in tokens, for the memory estimate.")] = 8192,
+    batch: Annotated[int, typer.Option("--batch", help="Conversations at once, for the memory estimate.")] = 1,
+    json_: Json = False,
+) -> int:
+    """Prints a description of a checkpoint or family."""
+    from glmkit.inspection import inspect as describe
+
+    for name, value in (("--context", context), ("--batch", batch)):
+        if value < 1:
+            raise UsageError(f"{name} {value}: expected 1 or more")
+    found = describe(model, context_tokens=context, batch=batch)
+    if not tensors:
+        del found["tensors"]
+    print(json.dumps(found, ensure_ascii=False, indent=2) if json_ else describe_model(found))
+    return 0
+
+
+@_verb("Tune a model as a recipe says.")
+def finetune(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a recipe of this package.")] = "",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it, such as train.learning_rate=1e-4.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it whole, and leave.")] = False,
+) -> int:
+    """Trains, or shows what would be trained."""
+    from glmkit.train.arguments import load_recipe
+
+    _check_recipe_name(recipe)
+    checked = load_recipe(recipe, overrides or ())
+    if dry_run:
+        import yaml
+
+        print(yaml.safe_dump(checked.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    from glmkit.train.run import finetune as train
+
+    result = train(checked, resume=resume)
+    if result.interrupted:
+        print(f"stopped after step {result.steps}; --resume goes on from there", file=sys.stderr)
+        return 130
+    validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
+    print(
+        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validation}; "
+        f"report in {result.output_dir}",
+        file=sys.stderr,
+    )
+    print(result.result_dir)
+    return 0
+
+
+@_verb("Measure a model on a task.")
+def evaluate(
+    task: Annotated[str, typer.Argument(help="adgen: advertising copy, BLEU-4 and ROUGE.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, model name or hub id.")] = "glm-nano",
+    data: Annotated[str | None, typer.Option("--data", help="JSON or JSON Lines with content and summary.")] = None,
+    adapter: Adapter = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first records.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers written together.")] = 8,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="1 is off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes sampled answers repeatable.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Folder for predictions and results; a new one by default.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    quantize: Quantize = None,
+    family: FamilyName = None,
+    json_: Json = False,
+    yes: Yes = False,
+) -> int:
+    """Evaluates and prints the results."""
+    _check_task(task)
+    if data is None:
+        raise UsageError("--data is missing: the records to evaluate on", hint="--data dev.json, for instance of ADGEN")
+    from glmkit.data.records import read_records
+    from glmkit.location import locate
+
+    records = read_records(data, limit=limit)
+    locate(model, download=yes)  # a wrong name should not cost the seconds that the imports below take
+    from glmkit.engine.sampling import SamplingOptions
+    from glmkit.evaluate.adgen import evaluate_adgen
+    from glmkit.loading import load
+    from glmkit.train.progress import Progress
+
+    options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
+    loaded = load(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, family=family, download=yes)
+    folder = Path(output) if output else _new_folder(task, loaded.path.name)
+    with Progress("answering", len(records)) as bar:
+        results = evaluate_adgen(
+            loaded.model,
+            loaded.tokenizer,
+            records,
+            options=options,
+            max_new_tokens=max_tokens,
+            batch_size=batch_size,
+            output_dir=folder,
+            progress=lambda done, _: bar.update(done),
+        )
+    if json_:
+        described = {"schema": 1, "task": task, "model": model, "adapter": adapter, "output": str(folder)}
+        print(json.dumps(described | {"results": results}, ensure_ascii=False, indent=2))
+    else:
+        print(table([(name.removeprefix("predict_"), str(value)) for name, value in results.items()]))
+        print(f"predictions and results in {folder}", file=sys.stderr)
+    return 0
+
+
+@_verb("Print versions, also of what it stands on.")
+def version(json_: Json = False) -> int:
+    """Prints versions without importing anything heavy."""
+    import platform
+    from importlib import metadata
+
+    from glmkit import __version__
+
+    versions = {"glmkit": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "peft"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    print(json.dumps({"schema": 1} | versions, indent=2) if json_ else table(list(versions.items())))
+    return 0
+
+
+# --- what verbs print and check ---
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Lays out rows in columns, the first to the left, the others to the right.
+
+    Args:
+        rows: All of the same length.
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    )
+
+
+def describe_model(found: dict[str, Any]) -> str:
+    """Turns what `glmkit.inspection.inspect` found into lines to read.
+
+    Args:
+        found: Its result, with or without the tensors.
+    """
+    config = found["config"]
+    names = ("num_layers", "hidden_size", "num_attention_heads", "multi_query_group_num", "padded_vocab_size")
+    lines = [
+        f"{found['name']}: {found['family'] or 'no known family'}, generation {found['generation'] or 'unknown'}",
+        f"  source      {found['source']}",
+        f"  licence     {found['licence'] or 'unknown'}",
+        f"  parameters  {found['parameters']:,} in {', '.join(found['dtypes'])}",
+        f"  stored      {in_units(found['stored_bytes'])}",
+        "  sizes       " + ", ".join(f"{name} {config[name]}" for name in names if name in config),
+        "",
+        f"memory for {found['context_tokens']:,} tokens x {found['batch']}:",
+    ]
+    rows: list[Sequence[str]] = [("", "weights", "KV cache", "total")]
+    for label, cost in found["memory_bytes"].items():
+        rows.append((f"  {label}", *(in_units(cost[part]) for part in ("weights", "kv_cache", "total"))))
+    lines.append(table(rows))
+    if "tensors" in found:
+        listed = [(one["name"], " x ".join(map(str, one["shape"])), one["dtype"]) for one in found["tensors"]]
+        lines += ["", table([("tensor", "shape", "dtype"), *listed])]
+    return "\n".join(lines)
+
+
+def in_units(size: int) -> str:
+    """Writes a number of bytes for people.
+
+    Args:
+        size: Bytes.
+    """
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+def _check_task(task: str) -> None:
+    if task != "adgen":
+        raise UsageError(f"there is no task {task!r}", hint="did you mean glm evaluate adgen?")
+
+
+def _check_recipe_name(recipe: str) -> None:
+    """Refuses a recipe that is neither a file nor in the package, with the name that was probably meant."""
+    from glmkit.train.arguments import recipe_names
+
+    names = recipe_names()
+    if recipe in names or os.path.isfile(recipe):
+        return
+    if not recipe:
+        raise UsageError("which recipe?", hint=f"a YAML file or one of: {', '.join(names)}")
+    from difflib import get_close_matches
+
+    close = get_close_matches(Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe, names, n=1)
+    raise UsageError(
+        f"there is no recipe {recipe!r}: neither a file nor a recipe of this package",
+        hint=f"did you mean {close[0]}?" if close else f"recipes of this package: {', '.join(names)}",
+    )
+
+
+def _new_folder(task: str, model: str) -> Path:
+    from datetime import datetime
+
+    return Path("runs") / f"{task}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
