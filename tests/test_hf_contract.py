@@ -67,12 +67,6 @@ def a_small_mask(**kwargs: Any) -> torch.Tensor | None:
 
 
 FACTS: dict[str, list[Fact]] = {
-    "ALL_ATTENTION_FUNCTIONS": [
-        (
-            "a mapping from names of attention back ends to functions",
-            lambda: callable(hf.ALL_ATTENTION_FUNCTIONS["sdpa"]),
-        ),
-    ],
     "AutoConfig": [
         ("register(model_type, config)", lambda: takes(hf.AutoConfig.register, "model_type", "config")),
         ("from_pretrained(name, ...)", lambda: has_methods(hf.AutoConfig, "from_pretrained")),

@@ -39,7 +39,9 @@ class Case:
 
     def inputs(self, name: str) -> dict[str, torch.Tensor]:
         start = f"{name}.in."
-        return {key[len(start) :]: torch.from_numpy(self.arrays[key]) for key in self.arrays.files if key.startswith(start)}
+        return {
+            key[len(start) :]: torch.from_numpy(self.arrays[key]) for key in self.arrays.files if key.startswith(start)
+        }
 
     def close(self, name: str, logits: torch.Tensor, atol: float = ATOL) -> None:
         subset = self.arrays["vocab_subset"]
@@ -89,7 +91,12 @@ def incremental(case: Case, name: str) -> None:
     for _ in range(9):
         with torch.no_grad():
             output = case.model(
-                ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
         assert output.logits.shape[1] == 1
         cache, last = output.past_key_values, output.logits[:, -1]

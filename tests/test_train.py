@@ -127,7 +127,7 @@ def test_one_step_is_the_step_of_plain_torch(tmp_path: Path) -> None:
 
 
 def test_accumulation_4x1_is_1x4(tmp_path: Path) -> None:
-    # Plain descent shows the gradient itself; the sum of float32 terms in another order is all that may differ.
+    # The same terms are summed in another order in float32, which is all that may differ.
     one, four = (
         run(make_recipe(tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=4 // size))
         for size in (4, 1)
@@ -382,7 +382,7 @@ def test_mistakes_in_a_recipe_are_named_with_their_line(tmp_path: Path) -> None:
     assert "recipe.yaml:6: there is no key 'learning_rat'; did you mean 'train.learning_rate'?" in str(caught.value)
     assert "recipe.yaml:7: train.max_steps" in str(caught.value)
     file.write_text(RECIPE.replace("learning_rat:", "learning_rate:").replace("many", "7"))
-    recipe = load_recipe(file, ["train.seed=3", "lora_alpha=16", "method.name=lora", "data.max_length=null"[:0] or "r=2"])
+    recipe = load_recipe(file, ["train.seed=3", "lora_alpha=16", "method.name=lora", "r=2"])
     assert (recipe.train.learning_rate, recipe.train.max_steps, recipe.train.seed) == (1e-4, 7, 3)
     assert (recipe.method.name, recipe.method.lora_alpha, recipe.method.r) == ("lora", 16, 2)
     with pytest.raises(UsageError, match=r"model\.rank=4.*no key 'rank'"):

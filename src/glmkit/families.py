@@ -35,9 +35,7 @@ class Family:
 _GB = 10**9
 
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        "glm-nano", "", ("nano",), 3, 16 * 10**6, 1_024, tools=True, licence="Apache-2.0, comes with this package"
-    ),
+    Family("glm-nano", "", ("nano",), 3, 16 * 10**6, 1_024, tools=True, licence="Apache-2.0, comes with this package"),
     Family("chatglm2-6b", "zai-org/chatglm2-6b", ("glm2_6b", "glm2_6b_lora", "chatglm2"), 2, int(12.5 * _GB), 8_192),
     Family("chatglm2-6b-int4", "zai-org/chatglm2-6b-int4", (), 2, int(3.9 * _GB), 8_192),
     Family("chatglm2-6b-32k", "zai-org/chatglm2-6b-32k", ("glm2_6b_32k",), 2, int(12.5 * _GB), 32_768),

@@ -21,8 +21,11 @@ from transformers import (  # public classes that users' code meets
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache  # the caches that models accept
-from transformers.generation import LogitsProcessor, LogitsProcessorList  # what chat() hands to generate
-from transformers.generation import PrefixConstrainedLogitsProcessor  # prefix_allowed_tokens_fn of stream_generate
+from transformers.generation import (  # what chat() hands to generate
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,  # prefix_allowed_tokens_fn of stream_generate
+)
 from transformers.masking_utils import create_causal_mask  # masks for every cache kind and attention back end
 from transformers.modeling_layers import GradientCheckpointingLayer  # activation checkpointing per block
 from transformers.modeling_outputs import (
@@ -30,13 +33,11 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # attention back ends beside our own two
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend  # fast tokenizers
 from transformers.utils import cached_file  # single files of a hub id, with transformers' cache and offline rules
 
 __all__ = [
-    "ALL_ATTENTION_FUNCTIONS",
     "AutoConfig",
     "AutoModel",
     "AutoModelForCausalLM",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from glmkit import hf
+from glmkit import adapters, hf
 from glmkit.checkpoint import Folder, check_tensors, open_folder
 from glmkit.errors import CheckpointError, ConfigError, UsageError
 from glmkit.families import Family, find_family
@@ -132,16 +132,16 @@ def load(
         folder = opened.enter_context(open_folder(location))
         config = read_config(folder, row)
         row = row or find_family(str(folder.config.get("_name_or_path", "")))
-        extra = opened.enter_context(_open_adapter(Path(adapter))) if adapter is not None else None
-        prefix = extra if extra is not None and _is_prefix(extra) else None
+        extra = opened.enter_context(adapters.open_adapter(Path(adapter))) if adapter is not None else None
+        prefix = extra if extra is not None and adapters.is_prefix(extra) else None
         if prefix is not None:
-            _size_prefix(config, prefix)
+            adapters.size_prefix(config, prefix)
         target = choose_device(device)
         model = load_model(
             folder, ChatGLM2ForCausalLM, config, choose_dtype(dtype, folder, target), target, quantize=bits, prefix=prefix
         )
         if extra is not None and prefix is None:
-            _add_lora(model, extra)
+            adapters.add_lora(model, extra)
     tokenizer = ChatGLMTokenizer.from_pretrained(str(location), generation=config.generation)
     if config.generation is None:
         config.generation = tokenizer.generation
@@ -344,53 +344,6 @@ def _place(
         tensor = tensor.to(dtype)
     trained = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
     module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=trained)
-
-
-def _open_adapter(path: Path) -> Any:
-    if not path.is_dir():
-        raise UsageError(f"there is no adapter folder {str(path)!r}", hint="give the folder that holds the adapter")
-    if (path / "adapter_config.json").is_file():
-        return open_folder(path, config="adapter_config.json", weights="adapter_model")
-    return open_folder(path)
-
-
-def _is_prefix(adapter: Folder) -> bool:
-    return any(".prefix_encoder." in name for name in adapter.tensors)
-
-
-def _size_prefix(config: ChatGLM2Config, prefix: Folder) -> None:
-    """Reads length and kind of a P-Tuning prefix from its tensors, not from anybody's memory."""
-    table = prefix.tensors.get("transformer.prefix_encoder.embedding.weight")
-    strangers = [name for name in prefix.tensors if ".prefix_encoder." not in name and not _is_ignored(name)]
-    if table is None or strangers:
-        found = f"also {strangers[0]}" if strangers else "no transformer.prefix_encoder.embedding.weight"
-        raise CheckpointError(str(prefix.path), [f"expected a P-Tuning prefix and nothing else, found {found}"])
-    config.pre_seq_len = table.shape[0]
-    config.prefix_projection = any(".prefix_encoder.trans." in name for name in prefix.tensors)
-    config.check()
-
-
-def _add_lora(model: ChatGLM2ForCausalLM, adapter: Folder) -> None:
-    """Puts a PEFT LoRA into the model, every tensor of it; PEFT itself never opens a file.
-
-    Raises:
-        CheckpointError: A kind other than LoRA, or tensors that fit nowhere or are missing.
-    """
-    from glmkit.train.methods import inject_lora
-
-    kind = adapter.config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(str(adapter.path), [f"peft_type is {kind!r}, expected 'LORA'"])
-    inject_lora(model, adapter.config)
-    start = "base_model.model."
-    own = {name: tensor for name, tensor in model.named_parameters() if ".lora_" in name}
-    places = {start + name.replace(".default.", "."): name for name in own}
-    expected = {stored: tuple(own[name].shape) for stored, name in places.items()}
-    check_tensors(adapter, expected, ignore=lambda name: False)
-    for stored, tensor in adapter.read():
-        parameter = own[places[stored]]
-        parameter.data = tensor.to(parameter.device, torch.float32)
-    model.eval()
 
 
 def from_pretrained(cls: type[ChatGLM2PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from glmkit.models.chatglm2 import (
 )
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.quant.official import quantize_model
+from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 
 _registered = False
 
@@ -38,8 +39,10 @@ def register() -> None:
 def _join_methods() -> None:
     for name in official.MODEL_METHODS:
         setattr(ChatGLM2ForCausalLM, name, getattr(official, name))
-    ChatGLM2PreTrainedModel.quantize = _quantize  # type: ignore[attr-defined]
-    ChatGLM2PreTrainedModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[assignment]
+    for name in official.TOKENIZER_METHODS:
+        setattr(ChatGLMTokenizer, name, getattr(official, name))
+    ChatGLM2PreTrainedModel.quantize = _quantize
+    ChatGLM2PreTrainedModel.from_pretrained = classmethod(_from_pretrained)
 
 
 def _quantize(self: Any, bits: int, *_: Any, **__: Any) -> Any:

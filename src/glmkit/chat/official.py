@@ -3,9 +3,10 @@
 They are plain functions; `glmkit.registration` joins those in MODEL_METHODS to the model class and those in
 TOKENIZER_METHODS to the tokenizer class. One function serves ChatGLM2 and ChatGLM3; the tokenizer says which it is.
 
-What differs from the official code, on purpose: the caller's history and logits processors are not changed; a reply that
-ends at the length limit keeps its last token; tool calls are read as literals and never evaluated, and one that is not
-complete (or is other code) has the parameters None instead of raising.
+What differs from the official code, on purpose: the caller's history and logits processors are not changed; a reply
+that ends at the length limit keeps its last token; tool calls are read as literals and never evaluated, and one that is
+not complete (or is other code) has the parameters None instead of raising; ids that the model's vocabulary is padded
+with decode to nothing in both generations.
 
 Source: modeling_chatglm.py of the official checkpoints (behaviour, not code).
 """
@@ -101,7 +102,7 @@ def chat(
     outputs = self.generate(**inputs, **options)
     ids = _until_stop(outputs.tolist()[0][inputs["input_ids"].shape[1] :], stops)
     if tokenizer.generation == 2:
-        response = self.process_response(tokenizer.decode(ids))
+        response = process_response(self, _decode(tokenizer, ids))
         return response, [*history, (query, response)]
     history.append({"role": role, "content": query})
     return _process_parts(_parts(tokenizer, ids), history)
@@ -272,7 +273,7 @@ def stream_generate(
     if past is None and return_past_key_values:
         past = new_cache(self, 1, input_ids.shape[1] + min(new_tokens, 1024))
     model = _Processed(self, processors, len(prompt)) if processors else self
-    stops = _as_list(config.eos_token_id)
+    stops = _as_list(self.config.eos_token_id if config.eos_token_id is None else config.eos_token_id)
     steps = stream(model, prompt.tolist(), _sampling(config), stop_ids=stops, max_new_tokens=new_tokens, cache=past)
     for step in steps:
         input_ids = torch.cat((input_ids, input_ids.new_tensor([[step.token_id]])), dim=1)
@@ -428,6 +429,10 @@ def _as_list(value: Any) -> list[int]:
     return [int(one) for one in value] if isinstance(value, (list, tuple, Tensor)) else [int(value)]
 
 
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
+
+
 def _until_stop(ids: list[int], stops: frozenset[int]) -> list[int]:
     """The ids in front of the first stop id (beams end in padding behind it)."""
     return next((ids[:place] for place, token in enumerate(ids) if token in stops), ids)
@@ -437,7 +442,7 @@ def _response(
     tokenizer: Any, query: str, ids: list[int], history: list[Any], role: str, *, partial: bool
 ) -> tuple[Any, list[Any]] | None:
     """Answer and history for the ids so far, or None when there is nothing to show."""
-    text = tokenizer.decode(ids)
+    text = _decode(tokenizer, ids)
     if not text or text.endswith("\ufffd"):
         return None
     if tokenizer.generation == 2:
@@ -462,8 +467,8 @@ def _parts(tokenizer: Any, ids: list[int]) -> list[str]:
     return [tokenizer.decode(part).removeprefix("<|assistant|>" if number else "") for number, part in enumerate(parts)]
 
 
-def _process_parts(parts: Sequence[str], history: Sequence[Any]) -> tuple[Any, list[Any]]:
-    history = copy.deepcopy(list(history))
+def _process_parts(parts: Sequence[str], before: Sequence[Any]) -> tuple[Any, list[Any]]:
+    history = copy.deepcopy(list(before))
     response: Any = ""
     for part in parts:
         metadata, newline, content = part.partition("\n")

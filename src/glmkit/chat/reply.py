@@ -76,14 +76,14 @@ class ReplyStream:
         """Takes the next id.
 
         Args:
-            token_id: A generated id; stop ids are ignored.
+            token_id: A generated id; stop ids, and ids that the model's vocabulary is padded with, are ignored.
 
         Returns:
             What is certain now, often nothing.
         """
         if token_id == self._assistant:
             return self.finish()
-        if token_id in self._tokenizer.stop_ids:
+        if token_id in self._tokenizer.stop_ids or token_id >= self._tokenizer.vocab_size:
             return []
         return self._take(self._text.push(token_id))
 
@@ -95,16 +95,12 @@ class ReplyStream:
         """
         deltas = self._take(self._text.finish())
         if self._header is None:
-            self._header, self._waiting = "", self._waiting
-            deltas += self._show(self._drain())
+            self._header = ""
+            deltas += self._show("")
         content = self._content if self._header else self._content.rstrip()
         self.messages.append(Message("assistant", content, self._header or ""))
         self._begin()
         return deltas
-
-    def _drain(self) -> str:
-        text, self._waiting = self._waiting, ""
-        return text
 
     def _take(self, text: str) -> list[Delta]:
         if self._header is not None:
@@ -116,12 +112,12 @@ class ReplyStream:
             return self._show(rest)
         if len(line) > MAX_HEADER_CHARACTERS:
             self._header = ""
-            return self._show(self._drain())
+            return self._show("")
         return []
 
     def _show(self, text: str) -> list[Delta]:
         if not self._header:  # plain text: no blanks at either end
-            text = self._drain() + text
+            text, self._waiting = self._waiting + text, ""
             if not self._content:
                 text = text.lstrip()
             shown = text.rstrip()

@@ -105,7 +105,7 @@ def _block(tokenizer: ChatGLMTokenizer, message: Message) -> list[int]:
 
 
 def _rounds(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str]]]:
-    """Generation 2: the last question and the rounds before it; a system message goes in front of the first question."""
+    """Generation 2: the last question and the rounds before it; a system message is glued to the first question."""
     for message in messages:
         _refuse_tools(message)
     system = ""

@@ -18,7 +18,7 @@ import torch
 from glmkit.chat.messages import Message
 from glmkit.chat.templates import answer_ids, conversation_ids, prompt_ids
 from glmkit.data.records import Record
-from glmkit.errors import DataError
+from glmkit.errors import DataError, TokenizerError, UsageError
 
 IGNORED = -100
 # How many batches are sorted by length together: more means less padding, fewer means more mixing.
@@ -149,12 +149,15 @@ def make_examples(
         The examples and the report.
 
     Raises:
-        DataError: If nothing is left to learn from.
+        DataError: If a record has no form in this model's template, or nothing is left to learn from.
     """
     examples: list[Example] = []
     cut_prompts = cut_answers = dropped = 0
     for number, record in enumerate(records, start=1):
-        example, cut_prompt, cut_answer = make_example(tokenizer, record, limits, loss_on=loss_on)
+        try:
+            example, cut_prompt, cut_answer = make_example(tokenizer, record, limits, loss_on=loss_on)
+        except (UsageError, TokenizerError) as error:
+            raise DataError(f"{record.where}: {error.message}", hint=error.hint) from None
         cut_prompts += cut_prompt
         cut_answers += cut_answer
         if example.label_tokens:
@@ -296,6 +299,6 @@ def _unlearnt_spans(tokenizer: Any, record: Record, messages: tuple[Message, ...
     for number, (message, learn) in enumerate(zip(messages, record.loss)):
         if message.role == "assistant" and not learn:
             start = len(prompt_ids(tokenizer, messages[:number]))
-            last = number == len(messages) - 1
-            spans.append((start, start + len(answer_ids(tokenizer, message, last=last))))
+            # One more: the id behind an answer, </s> or the next role, is learnt as its end.
+            spans.append((start, start + len(answer_ids(tokenizer, message, last=False)) + 1))
     return spans

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from glmkit.chat.messages import Message
-from glmkit.errors import DataError
+from glmkit.errors import DataError, UsageError
 
 ROLES = ("system", "user", "assistant", "observation", "tool")
 _SHOWN_PROBLEMS = 5
@@ -73,7 +73,7 @@ def read_records(
             if isinstance(row, _Unreadable):
                 raise DataError(row.reason)
             records.append(_record(row, where, prompt_column, response_column))
-        except DataError as error:
+        except (DataError, UsageError) as error:
             problems.append(f"{where}: {error.message}")
     if problems:
         shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
@@ -153,15 +153,11 @@ def _conversation(row: Mapping[str, Any], where: str) -> Record:
             first = messages[0]
             messages[0] = Message("system", first.content, first.metadata, first.tools or tools)
         else:
-            messages.insert(0, Message("system", TOOLS_SENTENCE, "", tools))
+            messages.insert(0, Message("system", "", "", tools))  # the template has the sentence that announces them
             loss.insert(0, False)
     if messages[-1].role != "assistant":
         raise DataError(f"the last message must be the assistant's, this one is of role {messages[-1].role!r}")
     return Record(tuple(messages), tuple(loss), where)
-
-
-# The sentence with which ChatGLM3's own data announces tools.
-TOOLS_SENTENCE = "Answer the following questions as best as you can. You have access to the following tools:"
 
 
 def _message(turn: Mapping[str, Any], number: int) -> Message:

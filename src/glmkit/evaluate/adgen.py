@@ -10,16 +10,20 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from glmkit.chat.templates import prompt_ids
 from glmkit.data.records import Record
+from glmkit.engine.decode import generate_batch
+from glmkit.engine.sampling import SamplingOptions, row_seed
 from glmkit.errors import DataError, MissingDependencyError, UsageError
 from glmkit.evaluate.rouge import bleu_4, rouge_l, rouge_n, words_of
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 _PREDICTIONS_FILE = "generated_predictions.txt"
+_BATCHES_PER_CHUNK = 8
 
 
 def score(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
@@ -70,7 +74,7 @@ def evaluate_adgen(
     tokenizer: Any,
     records: Sequence[Record],
     *,
-    options: Any,
+    options: SamplingOptions,
     max_new_tokens: int = 256,
     batch_size: int = 8,
     output_dir: str | Path,
@@ -86,7 +90,7 @@ def evaluate_adgen(
         model: The model, in eval mode.
         tokenizer: Its tokenizer.
         records: What to ask and the answers to compare with.
-        options: `glmkit.engine.sampling.SamplingOptions`.
+        options: How tokens are chosen; temperature 0 is greedy.
         max_new_tokens: Longest answer in tokens.
         batch_size: Answers generated together.
         output_dir: Folder for generated_predictions.txt (a line of JSON with labels and predict for each record) and
@@ -101,38 +105,32 @@ def evaluate_adgen(
     Raises:
         DataError: If the folder holds predictions for other records.
     """
-    from glmkit.engine.decode import generate_batch
-
     records = records[:limit]
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     file = output_dir / _PREDICTIONS_FILE
-    predictions = _earlier_predictions(file, records)
+    predictions = _earlier_predictions(file, records, batch_size * _BATCHES_PER_CHUNK)
     already = len(predictions)
     started = time.monotonic()
-    if progress is not None:
-        progress(already, len(records))
     # Chunks of several batches: long enough to sort by length, short enough to lose little when cut.
-    chunk = batch_size * 8
+    chunk = batch_size * _BATCHES_PER_CHUNK
     with open(file, "a", encoding="utf-8") as lines:
         for start in range(already, len(records), chunk):
             members = records[start : start + chunk]
-            prompts = [prompt_ids(tokenizer, record.prompt) for record in members]
             answers = generate_batch(
                 model,
-                prompts,
-                options,
+                [prompt_ids(tokenizer, record.prompt) for record in members],
+                options if options.seed is None else replace(options, seed=row_seed(options.seed, start)),
                 stop_ids=tokenizer.stop_ids,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
+                progress=None if progress is None else _shifted(progress, start, len(records)),
             )
             for record, ids in zip(members, answers):
                 predictions.append(answer_text(tokenizer, ids))
                 row = {"labels": record.answer, "predict": predictions[-1]}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             lines.flush()
-            if progress is not None:
-                progress(len(predictions), len(records))
     seconds = time.monotonic() - started
     scores = score(predictions, [record.answer for record in records])
     results = {
@@ -159,23 +157,35 @@ def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids))).strip()
 
 
-def _earlier_predictions(file: Path, records: Sequence[Record]) -> list[str]:
-    """Read what an earlier, cut run has written, check that it is for these records, and drop half a last line."""
+def _earlier_predictions(file: Path, records: Sequence[Record], chunk: int) -> list[str]:
+    """Read what an earlier, cut run has written, check that it is for these records, and drop a chunk that is not whole.
+
+    Whole chunks only, so that a seed gives the same answers whether the run was cut or not.
+    """
     if not file.exists():
         return []
-    text = file.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")[:-1]
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    if len(lines) < len(records):
+        lines = lines[: len(lines) - len(lines) % chunk]
     predictions = []
     for number, line in enumerate(lines):
-        row = json.loads(line)
-        if number >= len(records) or row["labels"] != records[number].answer:
+        try:
+            row = json.loads(line)
+            label, prediction = row["labels"], str(row["predict"])
+        except (ValueError, KeyError, TypeError):
+            label = prediction = None
+        if prediction is None or number >= len(records) or label != records[number].answer:
             raise DataError(
-                f"{file}:{number + 1} holds a prediction for another record",
+                f"{file}:{number + 1} holds no prediction for record {number + 1} of this data",
                 hint="choose another output folder, or delete this file",
             )
-        predictions.append(row["predict"])
+        predictions.append(prediction)
     file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return predictions
+
+
+def _shifted(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: progress(start + done, total)
 
 
 def _segment(text: str) -> list[str]:

@@ -46,7 +46,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ChatGLM2Config, layer_index: int) -> None:
         super().__init__()
         self.layer_index = layer_index
-        self.heads, self.groups, self.width = config.num_attention_heads, config.multi_query_group_num, config.kv_channels
+        self.heads, self.groups = config.num_attention_heads, config.multi_query_group_num
+        self.width = config.kv_channels
         self.query_size, self.key_size = self.heads * self.width, self.groups * self.width
         bias = config.add_bias_linear
         self.query_key_value = nn.Linear(
@@ -237,14 +238,16 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         prefixes: list[Any] = [None] * self.config.num_layers if encoder is None else encoder(x.shape[0])
         mask = self.attention_mask(x, attention_mask, past_key_values)
         rotary = self.rotary(position_ids, x.dtype)
-        hidden_states = [x]
+        keeps_states = _either(output_hidden_states, self.config.output_hidden_states)
+        hidden_states = [x] if keeps_states else []
         for block, prefix in zip(self.encoder.layers, prefixes):
             x = block(x, mask, rotary, past_key_values, prefix)
-            hidden_states.append(x)
+            if keeps_states:
+                hidden_states.append(x)
         output = hf.BaseModelOutputWithPast(
             last_hidden_state=self.encoder.final_layernorm(x),
             past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if _either(output_hidden_states, self.config.output_hidden_states) else None,
+            hidden_states=tuple(hidden_states) or None,
         )
         return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
 
@@ -365,7 +368,10 @@ class ChatGLM2ForCausalLM(ChatGLM2PreTrainedModel, hf.GenerationMixin):
 
 
 class ChatGLM2ForSequenceClassification(ChatGLM2PreTrainedModel):
-    """A linear head on the last position, so batches must be padded on the left. Source: the official ChatGLM2 class."""
+    """A linear head on the last position, so batches must be padded on the left.
+
+    Source: ChatGLMForSequenceClassification of ChatGLM2-6B.
+    """
 
     def __init__(self, config: ChatGLM2Config) -> None:
         super().__init__(config)

@@ -176,6 +176,8 @@ class ChatGLM2Config(hf.PreTrainedConfig):
         for name in ("rope_ratio_applies_to", "pre_seq_len", "generation"):
             if values.get(name) is None:
                 values.pop(name, None)
+        if "dtype" in values:  # the name that the official code's transformers reads; today's reads it too
+            values["torch_dtype"] = values.pop("dtype")
         classifier = any("SequenceClassification" in name for name in values.get("architectures") or ())
         values["architectures"] = ["ChatGLMForSequenceClassification" if classifier else "ChatGLMModel"]
         return values
@@ -221,7 +223,7 @@ def _generation_1(values: dict[str, Any]) -> list[str]:
 
 
 def _unknown_fields(cls: type[ChatGLM2Config], values: dict[str, Any]) -> list[str]:
-    known = set(cls.__dataclass_fields__) | set(cls.attribute_map) | _INERT  # type: ignore[attr-defined]
+    known = set(cls.__dataclass_fields__) | set(cls.attribute_map) | _INERT
     known |= set(hf.GenerationConfig().to_dict())
     return [
         f"unknown field {name}={value!r}: nobody knows whether it changes the result"

@@ -456,7 +456,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     for block, values in now["recipe"].items():
         for key, value in values.items():
-            earlier = before["recipe"].get(block, {}).get(key)
+            # A key that is younger than the run had its default then, and has it now unless it was set.
+            earlier = before["recipe"].get(block, {}).get(key, value)
             if (block, key) not in _FREE_TO_CHANGE and earlier != value:
                 found.append(f"{block}.{key}: {earlier!r} then, {value!r} now")
     if before["data"] != now["data"]:

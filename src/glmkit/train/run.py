@@ -83,7 +83,7 @@ def load_model(block: ModelBlock, *, seed: int) -> tuple[Any, Any]:
     Returns:
         Model and tokenizer; the model lies on the device to train on.
     """
-    from glmkit.loading import load
+    from glmkit.loading import choose_device, load
 
     if block.init is None:
         assert block.path is not None
@@ -96,24 +96,4 @@ def load_model(block: ModelBlock, *, seed: int) -> tuple[Any, Any]:
     tokenizer = ChatGLMTokenizer.from_pretrained(block.tokenizer)
     torch.manual_seed(seed)
     model = ChatGLM2ForCausalLM(ChatGLM2Config(**block.init))
-    return model.to(training_device(block.device)), tokenizer
-
-
-def training_device(name: str) -> torch.device:
-    """Turn a recipe's device into a device of torch.
-
-    Args:
-        name: "auto" for the accelerator if there is one, otherwise a name torch knows.
-
-    Returns:
-        The device.
-
-    Raises:
-        UsageError: If torch does not know the name.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"model.device={name!r} is no device of torch: {error}") from None
+    return model.to(choose_device(block.device)), tokenizer
