@@ -2,8 +2,8 @@
 
     python nano/corpus.py --out DIR [--seed 1] [--records 60000]
 
-writes DIR/train.jsonl and DIR/heldout.jsonl: ChatGLM3 conversations, one JSON object per line, each with its ``kind``
-(adgen, greeting, arithmetic, fact or tool). With ``--style-out DIR`` it also writes style_train.jsonl and
+writes DIR/train.jsonl, DIR/mixed.jsonl and DIR/heldout.jsonl: ChatGLM3 conversations, one JSON object per line, each
+with its ``kind`` (adgen, greeting, arithmetic, fact, tool or mixed). With ``--style-out DIR`` it also writes style_train.jsonl and
 style_dev.jsonl, the quickstart's sample of a style that glm-nano has not learnt. Everything follows from the seed.
 """
 
@@ -168,6 +168,27 @@ def heldout_records(seed: int, per_kind: int) -> Iterator[Record]:
                     break
 
 
+def mixed_records(seed: int, count: int) -> Iterator[Record]:
+    """Draw dialogues that change their subject, so that an earlier turn does not decide what a later one is about.
+
+    Args:
+        seed: Seed of the corpus.
+        count: Number of records, a third of them of one kind as in `train_records`, so that nothing is forgotten.
+
+    Yields:
+        Records of kind "mixed", or of one of KINDS.
+    """
+    rng = random.Random(f"mixed {seed}")
+    for _ in range(count):
+        if rng.random() < 1 / 3:
+            yield make_record(rng.choices(KINDS, [_SHARES[kind] for kind in KINDS])[0], rng, heldout=False)
+            continue
+        turns: list[Record] = []
+        for kind in rng.choices(("adgen", "greeting", "arithmetic", "fact"), (3, 1, 2, 2), k=rng.choice((2, 3, 4))):
+            turns += make_record(kind, rng, heldout=False)["conversations"]
+        yield {"conversations": turns, "kind": "mixed"}
+
+
 def style_records(seed: int, count: int, bucket: int) -> Iterator[dict[str, str]]:
     """Draw records of the new style.
 
@@ -213,6 +234,7 @@ def main() -> None:
     hidden = {prompt_of(record) for record in heldout}
     train = (record for record in train_records(arguments.seed, arguments.records) if prompt_of(record) not in hidden)
     print("train.jsonl", _write(arguments.out / "train.jsonl", train))
+    print("mixed.jsonl", _write(arguments.out / "mixed.jsonl", mixed_records(arguments.seed, arguments.records // 15)))
     print("heldout.jsonl", _write(arguments.out / "heldout.jsonl", iter(heldout)))
     if arguments.style_out:
         arguments.style_out.mkdir(parents=True, exist_ok=True)

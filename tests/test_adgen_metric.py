@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,17 @@ import pytest
 jieba = pytest.importorskip("jieba")
 
 from glmkit.errors import UsageError  # noqa: E402
+from glmkit.evaluate import adgen  # noqa: E402
 from glmkit.evaluate.adgen import METRICS, score, score_pair  # noqa: E402
 from glmkit.evaluate.rouge import bleu_4, longest_common_subsequence, rouge_l, rouge_n, words_of  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _segment_once() -> Iterator[None]:
+    """Cutting text into words is nearly all of the time, and the labels come again in every test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adgen, "_segment", functools.cache(adgen._segment))
+        yield
 
 
 def _adgen(shared: Path, name: str) -> dict:
@@ -67,11 +78,11 @@ def test_means_over_all_dev_records_are_exact(shared: Path, name: str) -> None:
 
 def test_identical_text_is_one_hundred_and_empty_is_counted() -> None:
     text = "这件上衣版型宽松，穿着很舒适。"
-    assert score([text], [text]) == pytest.approx({name: 100 for name in METRICS} | {"empty": 0}, abs=1e-4)
+    assert score([text], [text]) == pytest.approx(dict.fromkeys(METRICS, 100) | {"empty": 0}, abs=1e-4)
     half = score([text, "  "], [text, text])
     assert half["empty"] == 1
     assert half["bleu-4"] == pytest.approx(50, abs=1e-4)
-    assert score([""], [text]) == {name: 0 for name in METRICS} | {"empty": 1}
+    assert score([""], [text]) == dict.fromkeys(METRICS, 0) | {"empty": 1}
 
 
 def test_numbers_worked_out_by_hand() -> None:

@@ -280,10 +280,15 @@ def test_saving_fetches_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
-    for kind in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(kind), write_folder(target) as folder:
+
+    def fail(kind: type[BaseException]) -> None:
+        with write_folder(target) as folder:
             (folder / "half").write_text("x")
             raise kind
+
+    for kind in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(kind):
+            fail(kind)
         assert not target.exists()
         assert list(target.parent.iterdir()) == []
     with write_folder(target) as folder:

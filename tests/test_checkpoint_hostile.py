@@ -57,7 +57,7 @@ def _refused(folder: Path, *expected: str) -> CheckpointError:
     finally:
         events, _events = _events, None
     assert events == []
-    assert time.process_time() - start < 1.5
+    assert time.process_time() - start < 3  # a second on an idle machine
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 << 10  # KiB
     text = str(caught.value)
     assert all(character.isprintable() or character == "\n" for character in text), repr(text)
@@ -659,8 +659,8 @@ def test_overlapping_zip_entries(folder: Path) -> None:
         (b"\x80\x02" + b"N0" * 5_000_000 + b".", "instruction POP"),
         (b"\x80\x02" + b"N" * 10_000_000 + b".", "more than"),
         (b"\x80\x02" + b"(" * 1_000_000 + b"t" * 1_000_000 + b".", "more than"),
-        (b"\x80\x02)" + b"\x85" * 290_000 + b".", "holds a tuple"),
-        (b"\x80\x02]" + b"q\x00]h\x00h\x00\x86a" * 40_000 + b".", "holds a list"),
+        (b"\x80\x02)" + b"\x85" * 190_000 + b".", "holds a tuple"),
+        (b"\x80\x02]" + b"q\x00]h\x00h\x00\x86a" * 30_000 + b".", "holds a list"),
     ],
 )
 def test_pickle_bombs(folder: Path, program: bytes, expected: str) -> None:
@@ -721,14 +721,14 @@ def test_random_damage_never_gives_anything_but_success_or_the_error(folder: Pat
         (folder / "pytorch_model.bin").write_bytes(_saved(tensors))
     finally:
         torch.serialization.set_crc32_options(True)
-    binary = _fuzz(folder, "pytorch_model.bin", 2000, seed=1)
+    binary = _fuzz(folder, "pytorch_model.bin", 1200, seed=1)
     (folder / "pytorch_model.bin").unlink()
     _shard(folder, "model-1.safetensors", "a", "b")
     _shard(folder, "model-2.safetensors", "c")
     _index(folder, {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"})
     results = [
         binary,
-        _fuzz(folder, "model-1.safetensors", 1000, seed=2),
+        _fuzz(folder, "model-1.safetensors", 600, seed=2),
         _fuzz(folder, "model.safetensors.index.json", 300, seed=3),
         _fuzz(folder, "config.json", 100, seed=4),
     ]

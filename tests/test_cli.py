@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +82,7 @@ def test_starting_imports_nothing_heavy(arguments: list[str]) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(run.stderr.split("\n")[-2].split())
-    heavy = {"torch", "transformers", "tokenizers", "huggingface_hub", "rich", "prompt_toolkit", "yaml"}
+    heavy = {"torch", "transformers", "tokenizers", "huggingface_hub", "prompt_toolkit", "yaml"}
     assert loaded & heavy == set()
     if arguments in ([], ["--version"]):
         assert "typer" not in loaded
@@ -236,6 +238,21 @@ def test_questions_from_pipes(monkeypatch: pytest.MonkeyPatch, prompt: str, cont
 
     pipe_in(monkeypatch, content)
     assert read_question(prompt) == question
+
+
+def test_what_is_no_pipe_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from glmkit.terminal import read_question
+
+    ours, theirs = socket.socketpair()  # open, and nobody will ever write
+    with ours, theirs, ours.makefile("r") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert read_question("hello") == "hello"
+    reading, writing = os.pipe()
+    os.write(writing, b"tea")
+    os.close(writing)
+    with open(reading) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert read_question("hello") == "hello\n\ntea"
 
 
 def test_a_pipe_that_is_not_utf_8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,7 @@ for order in ("glmkit first", "transformers first"):
         json.dump({"classes": {auto: sorted(found) for auto, found in classes.items()}, "seen": seen}, file)
     os._exit(0)
 """
+_KINDS = ("CausalLM", "Seq2SeqLM", "SequenceClassification")
 
 
 @pytest.fixture(scope="module")

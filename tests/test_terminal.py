@@ -131,6 +131,17 @@ def test_a_message_longer_than_the_context_is_refused_and_the_talk_goes_on(
     assert "hint: shorten the message" in err
 
 
+def test_a_line_that_is_not_utf_8_is_refused_and_the_talk_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer
+) -> None:
+    lines = io.BytesIO("茶\n".encode("gb18030") + b"hello\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    assert ChatLoop(scripted(tokenizer, "tea")).run() == 0
+    printed = capsys.readouterr()
+    assert printed.out == "tea\n"
+    assert "lone surrogate" in printed.err
+
+
 def test_escape_codes_of_a_model_do_not_reach_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer
 ) -> None:

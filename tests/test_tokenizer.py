@@ -17,6 +17,7 @@ import pytest
 import sentencepiece
 import torch
 
+import tiny
 from glmkit.errors import TokenizerError, UsageError
 from glmkit.hf import AutoTokenizer
 from glmkit.tokenizers import ChatGLMTokenizer, register
@@ -24,7 +25,7 @@ from glmkit.tokenizers import ChatGLMTokenizer, register
 CORPUS = [
     "你好，世界。清华大学位于北京市海淀区，创建于 1911 年。",
     "The quick brown fox jumps over the lazy dog, again and again and again.",
-    "def add(a, b):\n    return a + b  # 加法",
+    "def add(a, b):    return a + b  # 加法",
     "类型#裤*版型#宽松*风格#性感*图案#线条*裤型#阔腿裤",
     "sopping wet; the system has a user, an assistant and an observation <|user|> [MASK] </s>",
     "aaaa bbbb abab baba ----- ===== ......   two   blanks     five",
@@ -431,6 +432,10 @@ def test_auto_tokenizer_runs_no_code_of_the_folder(
         "auto_map": {"AutoTokenizer": ["tokenization_chatglm.ChatGLMTokenizer", None]},
     }
     folder = make_folder(tmp_path / "x", small_file, tokenizer_config_json=config, tokenization_chatglm_py=code)
+    model = tiny.sizes(ChatGLMTokenizer(small_file, generation=generation))
+    model |= {"model_type": "chatglm", "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig"}}
+    (folder / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    (folder / "configuration_chatglm.py").write_text(code, encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     assert type(tokenizer) is ChatGLMTokenizer
     assert tokenizer.generation == generation

@@ -13,11 +13,18 @@ import pytest
 import torch
 
 from glmkit.data.examples import Example
-from glmkit.errors import TrainingError, UsageError
+from glmkit.data.records import read_records
+from glmkit.engine.sampling import SamplingOptions
+from glmkit.errors import DataError, TrainingError, UsageError
+from glmkit.evaluate.adgen import evaluate_adgen
+from glmkit.loading import load
 from glmkit.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM
-from glmkit.train.arguments import Recipe, load_recipe, recipe_names
+from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+from glmkit.train.arguments import DataBlock, ModelBlock, Recipe, load_recipe, recipe_names
 from glmkit.train.checkpoints import checkpoints, lock_folder, newest_checkpoint, publish, save_checkpoint
 from glmkit.train.loop import TrainingResult, learning_rate, mean_loss, train
+from glmkit.train.run import finetune
+from tiny import sizes, train_tokenizer
 
 SIZES = {
     "num_layers": 2,
@@ -62,7 +69,13 @@ def make_examples(number: int, seed: int = 0) -> list[Example]:
 
 
 def make_recipe(folder: Path, method: dict[str, Any] | None = None, **train_block: Any) -> Recipe:
-    block = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "save_steps": 0, "logging_steps": 3, **train_block}
+    block = {
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "save_steps": 0,
+        "logging_steps": 3,
+        **train_block,
+    }
     content = {
         "model": {"path": "tiny"},
         "data": {"train_file": "none"},
@@ -173,6 +186,32 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, method: dict[s
     ]
 
 
+def test_a_run_that_died_between_saves_ends_with_the_same_weights(tmp_path: Path) -> None:
+    settings = {"max_steps": 11, "save_steps": 3, "eval_steps": 2}
+    examples, held_out = make_examples(30), make_examples(5, seed=9)
+    whole, model = run(make_recipe(tmp_path / "whole", **settings), examples, eval_examples=held_out)
+    expected = weights(model)
+
+    class Died(BaseException):
+        pass
+
+    def die(step: int, total: int, metrics: dict[str, float]) -> None:
+        if step in (2, 8):
+            raise Died
+
+    recipe = make_recipe(tmp_path / "cut", **settings)
+    for resume in (False, True):  # the second one dies at step 2 again, having found no checkpoint
+        with pytest.raises(Died):
+            run(recipe, examples, eval_examples=held_out, resume=resume, on_step=die)
+    with pytest.raises(Died):
+        run(recipe, examples, eval_examples=held_out, resume=True, on_step=lambda step, *_: die(max(step, 3), 0, {}))
+    assert (tmp_path / "cut" / "latest").read_text() == "step-6\n"
+    resumed, model = run(recipe, examples, eval_examples=held_out, resume=True)
+    assert same(weights(model), expected)
+    assert [line["step"] for line in resumed.metrics] == [line["step"] for line in whole.metrics]
+    assert resumed.eval_loss == whole.eval_loss
+
+
 def test_resuming_with_other_settings_or_data_is_refused(tmp_path: Path) -> None:
     run(make_recipe(tmp_path, max_steps=6), on_step=Kill(3))
     with pytest.raises(TrainingError, match=r"train\.learning_rate: 0\.01 then, 0\.5 now"):
@@ -219,7 +258,7 @@ def test_lora_matrices_are_float32_beside_a_half_precision_base(tmp_path: Path) 
 
 def test_an_unknown_lora_target_is_answered_with_the_layers(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    with pytest.raises(UsageError, match="q_proj.*query_key_value"):
+    with pytest.raises(UsageError, match=r"q_proj.*query_key_value"):
         run(make_recipe(tmp_path, {"name": "lora", "target_modules": ["q_proj"]}))
 
 
@@ -387,7 +426,7 @@ def test_mistakes_in_a_recipe_are_named_with_their_line(tmp_path: Path) -> None:
     assert (recipe.method.name, recipe.method.lora_alpha, recipe.method.r) == ("lora", 16, 2)
     with pytest.raises(UsageError, match=r"model\.rank=4.*no key 'rank'"):
         load_recipe(file, ["model.rank=4"])
-    with pytest.raises(UsageError, match="lora_rank=4.*no key 'lora_rank'"):
+    with pytest.raises(UsageError, match=r"lora_rank=4.*no key 'lora_rank'"):
         load_recipe(file, ["lora_rank=4"])
     with pytest.raises(UsageError, match="not of the form key=value"):
         load_recipe(file, ["seed"])
@@ -405,3 +444,85 @@ def test_every_recipe_of_the_package_is_valid_and_every_field_has_a_help() -> No
         load_recipe(name)
     for block in [Recipe, *(field.annotation for field in Recipe.model_fields.values())]:
         assert all(field.description for field in block.model_fields.values()), block  # type: ignore[union-attr]
+
+
+WORDS = ("棉", "显瘦", "tea", "rice")
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained from sizes, by a recipe, to answer every word in one way."""
+    folder = tmp_path_factory.mktemp("learnt")
+    tokenizer = ChatGLMTokenizer(train_tokenizer(folder / "tokenizer.model"), generation=3)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    turns = [
+        [{"role": "user", "content": f"上衣 {word}"}, {"role": "assistant", "content": f"{word} hello world"}]
+        for word in WORDS
+    ]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns) * 4)
+    block = {"init": sizes(tokenizer), "tokenizer": str(folder / "tokenizer")}
+    recipe = make_recipe(folder / "run", max_steps=120, tokens_per_batch=512).model_copy(
+        update={"model": ModelBlock(**block), "data": DataBlock(train_file=str(data))}
+    )
+    result = finetune(recipe, progress=False)
+    assert result.loss < 0.1
+    assert result.result_dir is not None
+    return result.result_dir
+
+
+def test_a_new_model_is_trained_from_sizes(learnt: Path) -> None:
+    loaded = load(learnt)
+    for word in WORDS:
+        assert loaded.chat(f"上衣 {word}", temperature=0).text == f"{word} hello world"
+
+
+def test_from_a_recipe_to_a_better_model_and_its_scores(tmp_path: Path, learnt: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("jieba")
+    rows = [{"q": f"上衣 {word}", "a": f"{word} world hello"} for word in WORDS * 4]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = [f"data.train_file={data}", f"data.eval_file={data}", f"model.path={learnt}"]
+    changes += [f"output.dir={tmp_path / 'run'}", "prompt_column=q", "response_column=a", "bf16=false"]
+    changes += ["target_modules=[query_key_value, dense_h_to_4h, dense_4h_to_h, dense]", "lora_dropout=0"]
+    changes += ["max_steps=60", "learning_rate=2e-2", "per_device_train_batch_size=16", "gradient_accumulation_steps=1"]
+    result = finetune("adgen_lora", changes, progress=False)
+    assert result.metrics[0]["loss"] > 1
+    assert result.eval_loss is not None
+    assert result.eval_loss < 0.1
+    assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "16 records, 0 prompts cut, 0 answers cut, 0 dropped" in report
+    assert f"{result.loss:.4f}" in report
+
+    records = read_records(data, prompt_column="q", response_column="a")
+    options = {"options": SamplingOptions(temperature=0.0), "max_new_tokens": 24, "batch_size": 1}
+    bare, tuned = load(learnt), load(learnt, adapter=result.result_dir)
+    before = evaluate_adgen(bare.model, bare.tokenizer, records, output_dir=tmp_path / "before", **options)
+    after = evaluate_adgen(tuned.model, tuned.tokenizer, records, output_dir=tmp_path / "after", **options)
+    assert before["predict_bleu-4"] < 90
+    assert after["predict_bleu-4"] > 99
+    assert after["predict_samples"] == 16
+    assert json.loads((tmp_path / "after" / "predict_results.json").read_text()) == after
+
+    file = tmp_path / "after" / "generated_predictions.txt"
+    lines = file.read_text().splitlines()
+    assert [json.loads(line)["labels"] for line in lines] == [row["a"] for row in rows]
+    # A run that was cut in the middle of a line goes on with the first chunk (8 batches) that is not whole.
+    file.write_text("\n".join(lines[:11]) + "\n" + lines[11][:9])
+    seen: list[int] = []
+    options["progress"] = lambda done, _: seen.append(done)
+    again = evaluate_adgen(tuned.model, tuned.tokenizer, records, output_dir=tmp_path / "after", **options)
+    assert file.read_text().splitlines() == lines
+    assert again["predict_bleu-4"] == after["predict_bleu-4"]
+    assert seen == list(range(9, 17))
+    with pytest.raises(DataError, match=r"generated_predictions\.txt:1 holds no prediction for record 1"):
+        evaluate_adgen(tuned.model, tuned.tokenizer, records[1:], output_dir=tmp_path / "after", **options)
+
+
+def test_wrong_recipes_fail_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="overrides change a recipe file"):
+        finetune(make_recipe(tmp_path), ["train.seed=2"])
+    with pytest.raises(DataError, match="there is no data file"):
+        finetune("nano", ["data.train_file=nowhere.jsonl"])

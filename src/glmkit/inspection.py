@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from glmkit.checkpoint import open_folder
+from glmkit.checkpoint import Folder, open_folder
 from glmkit.errors import UsageError
 from glmkit.families import find_family
-from glmkit.loading import read_config
+from glmkit.loading import check_model, read_config
 from glmkit.location import locate
-from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
+from glmkit.models.chatglm2 import ChatGLM2ForCausalLM, ChatGLM2ForSequenceClassification
 from glmkit.models.chatglm2_config import ChatGLM2Config
-from glmkit.quant.official import is_quantised_layer
+from glmkit.quant.official import is_quantised_layer, quantize_model
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -48,6 +48,7 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
         with open_folder(location) as folder:
             config, source, stored = read_config(folder, family), str(location), folder.nbytes
             tensors = {name: (tuple(info.shape), info.dtype) for name, info in folder.tensors.items()}
+            _check(folder, config)
             family = family or find_family(str(folder.config.get("_name_or_path", "")))
     if not tensors:
         with torch.device("meta"):
@@ -72,6 +73,18 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
             for name, (shape, dtype) in sorted(tensors.items())
         ],
     }
+
+
+def _check(folder: Folder, config: ChatGLM2Config) -> None:
+    """Compares the tensors with those of the model, as loading does."""
+    head = folder.tensors.get("classifier_head.weight")
+    if head is not None:
+        config.num_labels = head.shape[0]
+    with torch.device("meta"):
+        model = (ChatGLM2ForCausalLM if head is None else ChatGLM2ForSequenceClassification)(config)
+        if config.quantization_bit:
+            quantize_model(model, config.quantization_bit)
+    check_model(folder, model)
 
 
 def _parameters(name: str, shape: tuple[int, ...], config: ChatGLM2Config) -> int:

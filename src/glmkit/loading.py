@@ -7,6 +7,7 @@ memory, and the tensors are read one at a time straight into their dtype, device
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import nn
 
 from glmkit import adapters, hf
 from glmkit.checkpoint import Folder, check_tensors, open_folder
-from glmkit.errors import CheckpointError, ConfigError, UsageError
+from glmkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
 from glmkit.families import Family, find_family
 from glmkit.location import locate
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM, ChatGLM2PreTrainedModel
@@ -26,6 +27,8 @@ from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.quant.official import OfficialQuantizedLinear, is_quantised_layer, quantize_model, quantize_rows
 from glmkit.registration import register
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+
+logger = logging.getLogger("glmkit")
 
 _QUANTIZE = {"official-int8": 8, "official-int4": 4}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -60,7 +63,7 @@ class Loaded:
     """
 
     model: ChatGLM2ForCausalLM
-    tokenizer: ChatGLMTokenizer
+    tokenizer: ChatGLMTokenizer | None
     family: Family | None
     config: ChatGLM2Config
     path: Path
@@ -77,13 +80,21 @@ class Loaded:
         """Answers a question or a list of messages; see `glmkit.chat.conversation.reply_to`."""
         from glmkit.chat.conversation import reply_to
 
-        return reply_to(self.model, self.tokenizer, messages, **options)
+        return reply_to(self.model, self._tokenizer(), messages, **options)
 
     def stream(self, messages: Any, **options: Any) -> Any:
         """Like `chat`, piece by piece; see `glmkit.chat.conversation.stream_reply`."""
         from glmkit.chat.conversation import stream_reply
 
-        return stream_reply(self.model, self.tokenizer, messages, **options)
+        return stream_reply(self.model, self._tokenizer(), messages, **options)
+
+    def _tokenizer(self) -> ChatGLMTokenizer:
+        if self.tokenizer is None:
+            raise UsageError(
+                f"{self.path} has no tokenizer.model, so text cannot be read or written",
+                hint="copy tokenizer.model from the checkpoint's original repository",
+            )
+        return self.tokenizer
 
 
 def load(
@@ -120,12 +131,11 @@ def load(
         CheckpointError: A damaged or foreign folder, with everything that is wrong with it.
         ConfigError: A config that asks for what is not computed.
     """
-    arguments = _accept_synonyms(
-        {"adapter": adapter, "dtype": dtype, "device": device, "quantize": quantize}, others
-    )
+    arguments = _accept_synonyms({"adapter": adapter, "dtype": dtype, "device": device, "quantize": quantize}, others)
     adapter, dtype, device, quantize = (arguments[name] for name in ("adapter", "dtype", "device", "quantize"))
     register()
-    row = _family_argument(family) or find_family(str(path))
+    # A folder is what it says inside, whatever it is called; a name means a model.
+    row = _family_argument(family) or (None if Path(path).expanduser().is_dir() else find_family(str(path)))
     location = locate(path, download=download, revision=revision)
     bits = _bits(quantize)
     with ExitStack() as opened:
@@ -136,15 +146,24 @@ def load(
         prefix = extra if extra is not None and adapters.is_prefix(extra) else None
         if prefix is not None:
             adapters.size_prefix(config, prefix)
+        elif extra is not None and (bits or config.quantization_bit):
+            raise UsageError(
+                "a LoRA adapter cannot be put on a model in the official quantised format",
+                hint="load both without quantize, or merge the adapter first and quantise the merged model",
+            )
         target = choose_device(device)
+        tokenizer = _load_tokenizer(folder, config)
         model = load_model(
-            folder, ChatGLM2ForCausalLM, config, choose_dtype(dtype, folder, target), target, quantize=bits, prefix=prefix
+            folder,
+            ChatGLM2ForCausalLM,
+            config,
+            choose_dtype(dtype, folder, target),
+            target,
+            quantize=bits,
+            prefix=prefix,
         )
         if extra is not None and prefix is None:
             adapters.add_lora(model, extra)
-    tokenizer = ChatGLMTokenizer.from_pretrained(str(location), generation=config.generation)
-    if config.generation is None:
-        config.generation = tokenizer.generation
     return Loaded(model, tokenizer, row, config, location, None if adapter is None else Path(adapter))
 
 
@@ -184,6 +203,8 @@ def load_model(
             config.quantization_bit = 0
             quantize_model(model, stored_bits)
     check_model(folder, model, also_in=prefix)
+    if prefix is not None:
+        check_tensors(prefix, {n: tuple(t.shape) for n, t in model.state_dict().items() if ".prefix_encoder." in n})
     bits = quantize if quantize != stored_bits else None
     for source in (folder, prefix) if prefix is not None else (folder,):
         for name, tensor in source.read([name for name in source.tensors if not _is_ignored(name)]):
@@ -206,10 +227,13 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
     Raises:
         CheckpointError: Naming every tensor in question.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if also_in is not None:
         expected = {name: shape for name, shape in expected.items() if name not in also_in.tensors}
-    expected = {name: s for name, s in expected.items() if name in folder.tensors or not name.startswith(new or ("\0",))}
+    expected = {
+        name: s for name, s in expected.items() if name in folder.tensors or not name.startswith(new or ("\0",))
+    }
     prefixes = [name for name in folder.tensors if ".prefix_encoder." in name]
     if prefixes and len(prefixes) == len(folder.tensors):
         raise CheckpointError(
@@ -217,7 +241,19 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
             ["it holds a P-Tuning prefix only, not a whole model"],
             hint="glmkit.load(BASE, adapter=THIS_FOLDER)",
         )
-    check_tensors(folder, expected, ignore=_is_ignored)
+    strange = [
+        f"tensor {name} is {str(info.dtype).removeprefix('torch.')}, expected "
+        + ("a floating-point type" if state[name].is_floating_point() else "int8, as config.json says quantization_bit")
+        for name, info in folder.tensors.items()
+        if name in state and info.dtype.is_floating_point != state[name].is_floating_point()
+    ]
+    try:
+        check_tensors(folder, expected, ignore=_is_ignored)
+    except CheckpointError as error:
+        raise CheckpointError(error.folder, [*error.problems, *strange], hint=error.hint) from None
+    if strange:
+        hint = "a quantised checkpoint needs its quantization_bit in config.json, another one must not have it"
+        raise CheckpointError(str(folder.path), strange, hint=hint)
 
 
 def read_config(folder: Folder, family: Family | None = None) -> ChatGLM2Config:
@@ -238,7 +274,7 @@ def read_config(folder: Folder, family: Family | None = None) -> ChatGLM2Config:
     return config
 
 
-def choose_device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | int | torch.device) -> torch.device:
     """The device meant by "auto" or a name.
 
     Raises:
@@ -259,18 +295,17 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str | torch.dtype, folder: Folder, device: torch.device) -> torch.dtype:
-    """The dtype meant by "auto" or a name; see `load`.
+def choose_dtype(dtype: str | torch.dtype | None, folder: Folder, device: torch.device) -> torch.dtype:
+    """The dtype meant by "auto", None or a name; see `load`.
 
     Raises:
-        UsageError: There is no such dtype.
+        UsageError: There is no such dtype, or it is none for weights.
     """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        if dtype not in _DTYPES:
+    if dtype is not None and dtype != "auto":
+        chosen = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
             raise UsageError(f"dtype={dtype!r}", hint="auto, float32, bfloat16 or float16")
-        return _DTYPES[dtype]
+        return chosen
     own = [info.dtype for info in folder.tensors.values() if info.dtype in _DTYPES.values()]
     stored = max(set(own), key=own.count) if own else torch.float32
     if stored == torch.float16 and device.type == "cpu":
@@ -278,9 +313,24 @@ def choose_dtype(dtype: str | torch.dtype, folder: Folder, device: torch.device)
     return stored
 
 
+def _load_tokenizer(folder: Folder, config: ChatGLM2Config) -> ChatGLMTokenizer | None:
+    """The folder's tokenizer, read before the weights because it is so much quicker; None if there is none."""
+    if not (folder.path / "tokenizer.model").exists():
+        logger.warning("%s has no tokenizer.model: the model is loaded without a tokenizer", folder.path)
+        return None
+    try:
+        tokenizer = ChatGLMTokenizer.from_pretrained(str(folder.path), generation=config.generation)
+    except TokenizerError as error:
+        if error.hint and "generation=" in error.hint:  # what the tokenizer's own door calls it
+            error.hint = "say which one it is: family='chatglm2-6b' or family='chatglm3-6b'"
+        raise
+    config.generation = tokenizer.generation
+    return tokenizer
+
+
 def _accept_synonyms(arguments: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
     for name, value in others.items():
-        if name in ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors"):
+        if name in ("trust_remote_code", "low_cpu_mem_usage", "use_safetensors", "empty_init"):
             continue  # never needed here
         if name in ("load_in_4bit", "load_in_8bit", "quantization_bit"):
             bits = value if name == "quantization_bit" else (int(name[8]) if value else None)
@@ -349,16 +399,25 @@ def _place(
 def from_pretrained(cls: type[ChatGLM2PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
     """`from_pretrained` of our classes: the gate checks the folder, then transformers loads it.
 
-    Two kinds of folder it does not hand over: those in the official quantised format, which transformers does not
+    One kind of folder it does not hand over: those in the official quantised format, which transformers does not
     know. `device` and `empty_init` are accepted because the official classes take them.
 
     Raises:
         CheckpointError: Everything that is wrong with the folder.
         ConfigError: A config that asks for what is not computed.
+        UsageError: Files that the gate does not know (variant, gguf_file), or a device that is not there.
     """
-    location = locate(name, download=True, revision=kwargs.get("revision"))
-    device = kwargs.pop("device", None)
+    for foreign in ("variant", "gguf_file"):
+        if kwargs.pop(foreign, None) is not None:
+            raise UsageError(f"{foreign}: only the official files are loaded", hint=f"leave out {foreign}")
+    hub = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if kwargs.get(key) is not None}
+    location = locate(name, download=True, revision=kwargs.get("revision"), hub=hub)
+    location = location / (kwargs.pop("subfolder", None) or "")
     kwargs.pop("empty_init", None)
+    if kwargs.get("use_safetensors") is False:  # what the gate has checked must be what is loaded
+        kwargs.pop("use_safetensors")
+    device = kwargs.pop("device", None)
+    device = None if device is None else choose_device(device)
     with open_folder(location) as folder:
         config = kwargs.pop("config", None)
         if config is None:
@@ -372,10 +431,7 @@ def from_pretrained(cls: type[ChatGLM2PreTrainedModel], name: Any, *args: Any, *
                 quantize_model(probe, config.quantization_bit)
         check_model(folder, probe, new=("transformer.prefix_encoder.", "classifier_head."))
         if config.quantization_bit:
-            dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or "auto"
-            if dtype == "auto":
-                dtype = config.dtype or torch.float16
-            model = load_model(folder, cls, config, choose_dtype(dtype, folder, torch.device("cpu")), torch.device("cpu"))
+            model = _load_quantised(folder, cls, config, kwargs)
         else:
             model = hf.PreTrainedModel.from_pretrained.__func__(cls, str(location), *args, config=config, **kwargs)
             if config.pre_seq_len:  # transformers' loader makes every parameter trainable
@@ -383,4 +439,31 @@ def from_pretrained(cls: type[ChatGLM2PreTrainedModel], name: Any, *args: Any, *
     return model if device is None else model.to(device)
 
 
-__all__ = ["ConfigError", "Loaded", "choose_device", "choose_dtype", "from_pretrained", "load", "load_model", "read_config"]
+def _load_quantised(
+    folder: Folder, cls: type[ChatGLM2PreTrainedModel], config: ChatGLM2Config, kwargs: dict[str, Any]
+) -> Any:
+    """Loads a checkpoint in the official quantised format, with the arguments of transformers that matter for it."""
+    if kwargs.get("attn_implementation"):
+        config._attn_implementation = kwargs["attn_implementation"]
+    place = kwargs.get("device_map") or "cpu"
+    places = set(place.values()) if isinstance(place, dict) else {place}
+    if len(places) != 1:
+        raise UsageError("device_map: a quantised checkpoint goes to one device", hint='device_map="auto" or "cuda:0"')
+    place = places.pop()
+    target = choose_device("auto" if place in ("balanced", "balanced_low_0", "sequential") else place)
+    dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    if dtype in (None, "auto"):
+        dtype = config.dtype or torch.float16
+    return load_model(folder, cls, config, choose_dtype(dtype, folder, target), target)
+
+
+__all__ = [
+    "ConfigError",
+    "Loaded",
+    "choose_device",
+    "choose_dtype",
+    "from_pretrained",
+    "load",
+    "load_model",
+    "read_config",
+]

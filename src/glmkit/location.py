@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from glmkit.errors import GlmkitError, UsageError
 from glmkit.families import FAMILIES, ORGANISATIONS, Family, find_family
 
 # Files worth fetching. The tokenizer's code is read as text for signs of its generation; no python file is ever run.
-_PATTERNS = ["*.json", "*.model", "*.jinja", "tokenization_chatglm.py", "modeling_chatglm.py", "LICENSE*", "MODEL_LICENSE*"]
+_PATTERNS = [
+    "*.json",
+    "*.model",
+    "*.jinja",
+    "tokenization_chatglm.py",
+    "modeling_chatglm.py",
+    "LICENSE*",
+    "MODEL_LICENSE*",
+]
 
 
 class DownloadError(GlmkitError, OSError):
     """The hub could not be reached, or does not have what was asked for."""
 
 
-def locate(name: str | os.PathLike[str], *, download: bool = False, revision: str | None = None) -> Path:
+def locate(
+    name: str | os.PathLike[str],
+    *,
+    download: bool = False,
+    revision: str | None = None,
+    hub: Mapping[str, Any] | None = None,
+) -> Path:
     """Finds the folder of a model.
 
     Looked up in this order: a folder of that path; the model that comes with this package; `GLMKIT_MODELS` (its
@@ -29,23 +46,25 @@ def locate(name: str | os.PathLike[str], *, download: bool = False, revision: st
         name: A folder, a family name or alias, or a hub id.
         download: Whether a family name that is not on this machine may be fetched.
         revision: Branch, tag or commit on the hub.
+        hub: Further arguments of the hub's client: cache_dir, token, local_files_only.
 
     Raises:
         UsageError: The name is unknown, or it would have to be fetched and `download` is False.
         DownloadError: Fetching failed.
     """
-    text = os.fspath(name)
-    if Path(text).is_dir():
-        return Path(text)
+    text, hub = os.fspath(name), dict(hub or {})
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
     family = find_family(text)
     if family is not None and not family.hub_id:
         return builtin(family.name)
-    if family is None and text.count("/") != 1:
-        raise _unknown(text)
     for folder in _under_models_folder(text, family):
         return folder
+    if family is None and text.count("/") != 1:
+        raise _unknown(text)
     hub_id = text if "/" in text else family.hub_id  # type: ignore[union-attr]
-    cached = _in_hub_cache(hub_id, family, revision)
+    cached = _in_hub_cache(hub_id, family, revision, hub.get("cache_dir"))
     if cached is not None:
         return cached
     if "/" not in text and not download:
@@ -54,7 +73,7 @@ def locate(name: str | os.PathLike[str], *, download: bool = False, revision: st
             f"{family.name} is not on this machine; it would be fetched from {hub_id}, {family.bytes / 1e9:.1f} GB",
             hint=f"to fetch it: --yes, or the hub id {hub_id}; to use a folder: its path, or GLMKIT_MODELS=FOLDER",
         )
-    return _fetch(hub_id, revision)
+    return _fetch(hub_id, revision, hub)
 
 
 def builtin(name: str) -> Path:
@@ -68,31 +87,46 @@ def _under_models_folder(text: str, family: Family | None) -> list[Path]:
         return []
     names = [text, text.replace("/", "--")]
     if family is not None:
-        names += [family.name, *(f"{organisation}/{family.name}" for organisation in ORGANISATIONS)]
+        names += [family.name, *(f"{owner}{mark}{family.name}" for owner in ORGANISATIONS for mark in ("/", "--"))]
     return [Path(root) / name for name in names if (Path(root) / name / "config.json").is_file()]
 
 
-def _in_hub_cache(hub_id: str, family: Family | None, revision: str | None) -> Path | None:
+def _in_hub_cache(hub_id: str, family: Family | None, revision: str | None, cache_dir: str | None) -> Path | None:
     """A complete earlier download, also one made under the organisation's other name."""
     from huggingface_hub import try_to_load_from_cache
 
     ids = [hub_id, *(f"{organisation}/{family.name}" for organisation in ORGANISATIONS if family is not None)]
     for candidate in dict.fromkeys(ids):
-        config = try_to_load_from_cache(candidate, "config.json", revision=revision)
-        if isinstance(config, str):
-            folder = Path(config).parent
-            if any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
-                return folder
+        config = try_to_load_from_cache(candidate, "config.json", revision=revision, cache_dir=cache_dir)
+        if isinstance(config, str) and _has_all_weights(Path(config).parent):
+            return Path(config).parent
     return None
 
 
-def _fetch(hub_id: str, revision: str | None) -> Path:
+def _has_all_weights(folder: Path) -> bool:
+    """Whether a download came to its end: an interrupted one is taken up again, not loaded."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).is_file():
+            return True
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError, TypeError):
+                return True  # complete or not, it is broken, and the loader says how
+            return all((folder / str(shard)).exists() for shard in shards)
+    return False
+
+
+def _fetch(hub_id: str, revision: str | None, hub: Mapping[str, Any]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        names = HfApi().list_repo_files(hub_id, revision=revision)
+        if hub.get("local_files_only"):
+            raise FileNotFoundError("it is not in the cache, and local_files_only is set")
+        names = HfApi(token=hub.get("token")).list_repo_files(hub_id, revision=revision)
         weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_PATTERNS, weights]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_PATTERNS, weights], **hub))
     except Exception as error:  # the client raises many kinds; each means that there is no model here
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DownloadError(

@@ -25,7 +25,7 @@ import torch
 MAX_DIRECTORY_BYTES = 32 << 20
 MAX_ENTRIES = 100_000
 MAX_PICKLE_BYTES = 64 << 20
-MAX_INSTRUCTIONS = 300_000  # torch writes about 30 per tensor
+MAX_INSTRUCTIONS = 200_000  # torch writes about 30 per tensor
 MAX_DIMENSIONS = 8
 
 RESAVE_HINT = "re-save it with a current torch.save, or better convert it to safetensors, on a machine that trusts it"

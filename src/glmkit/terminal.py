@@ -6,8 +6,10 @@ The answer, and nothing else, goes to standard output; everything about it goes 
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -113,16 +115,25 @@ def read_question(prompt: str) -> str:
     Raises:
         UsageError: There is no text, or it is not UTF-8.
     """
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else _read_stdin()
     if prompt == "-":
-        if sys.stdin is not None and sys.stdin.isatty():
-            piped = _read_stdin()
-        question = piped
+        question = _read_stdin() if sys.stdin is not None else ""
     else:
+        piped = _read_stdin() if _is_piped() else ""
         question = f"{prompt}\n\n{piped}" if piped else prompt
     if not question.strip():
         raise UsageError("the question is empty", hint='glm chat --prompt "你好"')
     return question
+
+
+def _is_piped() -> bool:
+    """Whether standard input is a pipe or file; what services and editors leave there may never end."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return False
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return True  # no file behind it: somebody's text in memory
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def _read_stdin() -> str:

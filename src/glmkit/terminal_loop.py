@@ -187,6 +187,8 @@ class ChatLoop:
             from glmkit.line_editor import LineEditor
 
             return LineEditor(COMMANDS).read
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")  # the tokenizer says what is wrong with other encodings
         return self._read_plain
 
     def _read_plain(self) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from glmkit.cli import unknown_verb
-from glmkit.errors import UsageError
+from glmkit.errors import MissingDependencyError, UsageError
 
 # Flags as other tools call them; they work and do not clutter the help.
 _FLAG_SYNONYMS = {
@@ -249,6 +250,8 @@ def evaluate(
     _check_task(task)
     if data is None:
         raise UsageError("--data is missing: the records to evaluate on", hint="--data dev.json, for instance of ADGEN")
+    if find_spec("jieba") is None:  # before the answers are written, not after
+        raise MissingDependencyError("jieba", "evaluate")
     from glmkit.data.records import read_records
     from glmkit.location import locate
 

@@ -83,6 +83,8 @@ def parse_tool_call(text: str) -> dict[str, Any]:
     for keyword in call.keywords:
         if keyword.arg is None:
             raise ToolCallError(f"tool_call takes arguments by name only, found ** in {code[:200]!r}")
+        if keyword.arg in arguments:
+            raise ToolCallError(f"tool_call has the argument {keyword.arg} twice")
         arguments[keyword.arg] = _literal(keyword.value, keyword.arg, MAX_DEPTH)
     return arguments
 

@@ -158,7 +158,7 @@ def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def _earlier_predictions(file: Path, records: Sequence[Record], chunk: int) -> list[str]:
-    """Read what an earlier, cut run has written, check that it is for these records, and drop a chunk that is not whole.
+    """Read what an earlier, cut run has written for these records, without a last chunk that is not whole.
 
     Whole chunks only, so that a seed gives the same answers whether the run was cut or not.
     """

@@ -9,6 +9,8 @@ Source: quantization.py of ChatGLM2-6B. What differs: no CUDA binaries, and a ro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +29,11 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Packed weight, int8 (out, in) or (out, in / 2), and the scale of each row, (out,), in the weight's dtype.
+
+    Raises:
+        UsageError: An odd number of columns, which int4 cannot hold.
     """
+    _check_columns(weight.shape[1], bits)
     if weight.dtype not in (torch.float16, torch.bfloat16):
         weight = weight.half()
     scale = weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
@@ -36,6 +42,14 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if bits == 4:
         quantised = (quantised[:, 0::2] << 4) | (quantised[:, 1::2] & 15)
     return quantised, scale
+
+
+def _check_columns(columns: int, bits: int) -> None:
+    if columns * bits % 8:
+        raise UsageError(
+            f"a layer with {columns} columns has no official int4 form, which holds two columns in a byte",
+            hint="use official-int8, quantize(8)",
+        )
 
 
 def dequantize_rows(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -58,12 +72,14 @@ class OfficialQuantizedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.out_features, self.in_features = weight.shape[0], weight.shape[1] * (8 // bits)
         self.scale_dtype = weight_scale.dtype  # the products were rounded in it; `model.float()` must not change them
+        self.register_state_dict_post_hook(_narrow_scale)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int) -> OfficialQuantizedLinear:
         """Quantises a linear layer; on the meta device only the shapes are made."""
         if linear.weight.is_meta:
             out, columns = linear.weight.shape
+            _check_columns(columns, bits)
             weight = torch.empty(out, columns * bits // 8, dtype=torch.int8, device="meta")
             return cls(weight, torch.empty(out, dtype=torch.float16, device="meta"), linear.bias, bits)
         weight, scale = quantize_rows(linear.weight.detach(), bits)
@@ -78,6 +94,12 @@ class OfficialQuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+
+def _narrow_scale(layer: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """Saves the scale in the dtype it was computed in, also after `model.float()`, so that loading changes nothing."""
+    name = f"{prefix}weight_scale"
+    state[name] = state[name].to(layer.scale_dtype)  # type: ignore[arg-type]
 
 
 def is_quantised_layer(name: str) -> bool:
@@ -96,7 +118,7 @@ def quantize_model(model: nn.Module, bits: int) -> nn.Module:
         The same model.
 
     Raises:
-        UsageError: Other bits, or the model is already quantised to other bits.
+        UsageError: Other bits, the model is already quantised to other bits, or int4 of odd columns.
     """
     if bits not in (4, 8):
         raise UsageError(f"quantize({bits!r}): the official format has 4 or 8 bits", hint="quantize(4) or quantize(8)")
@@ -105,8 +127,11 @@ def quantize_model(model: nn.Module, bits: int) -> nn.Module:
         return model
     if present not in (0, bits):
         raise UsageError(f"the model is already quantised to {present} bits", hint="load the unquantised checkpoint")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and is_quantised_layer(name):
-            model.set_submodule(name, OfficialQuantizedLinear.from_linear(module, bits))
+    chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantised_layer(name)}
+    for module in chosen.values():
+        _check_columns(module.in_features, bits)
+    for name in list(chosen):
+        module = chosen.pop(name)  # its memory goes before the next is made
+        model.set_submodule(name, OfficialQuantizedLinear.from_linear(module, bits))
     model.config.quantization_bit = bits  # type: ignore[union-attr]
     return model

@@ -252,9 +252,7 @@ def _unknown(key: str, within: tuple[str, ...]) -> str:
     return f"there is no key {key!r}; known are {', '.join(here)}"
 
 
-def _problem(
-    name: str, item: Any, lines: dict[tuple[str, ...], int], origins: dict[tuple[str, ...], str]
-) -> str:
+def _problem(name: str, item: Any, lines: dict[tuple[str, ...], int], origins: dict[tuple[str, ...], str]) -> str:
     location = tuple(str(part) for part in item["loc"])
     if location in origins:
         where = origins[location]

@@ -125,7 +125,9 @@ def save_checkpoint(output: Path, step: int, run_id: str, write: Callable[[Path]
 def checkpoints(output: Path) -> list[Path]:
     """List checkpoint folders, the highest step first (by number, not by name or time)."""
     numbered = [
-        (int(match[1]), path) for path in output.glob("step-*") if path.is_dir() and (match := _STEP.fullmatch(path.name))
+        (int(match[1]), path)
+        for path in output.glob("step-*")
+        if path.is_dir() and (match := _STEP.fullmatch(path.name))
     ]
     return [path for _, path in sorted(numbered, reverse=True)]
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import signal
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from glmkit.data.examples import Example, collate, fingerprint, plan_epoch
@@ -29,6 +26,8 @@ from glmkit.train.arguments import Recipe, TrainBlock
 from glmkit.train.checkpoints import checkpoints, lock_folder, newest_checkpoint, publish, save_checkpoint
 from glmkit.train.methods import Method, make_method
 from glmkit.train.progress import Progress
+from glmkit.train.signals import StopSignals
+from glmkit.train.state import load_tensors, save_tensors
 
 # What may differ between a run and its continuation: where it goes and how often it reports, never what it computes.
 _FREE_TO_CHANGE = {("output", "dir"), ("data", "eval_file"), ("data", "max_eval_samples"), ("model", "device")} | {
@@ -94,7 +93,7 @@ def train(
         TrainingError: If the output folder is in use, not writable or of another run, or the loss is not a number.
     """
     output = Path(recipe.output.dir)
-    with lock_folder(output), _Signals() as signals:
+    with lock_folder(output), StopSignals() as signals:
         run = _Run(model, tokenizer, recipe, train_examples, eval_examples or (), output)
         run.start(resume)
         started = time.monotonic()
@@ -158,7 +157,10 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: int, 
     model.eval()
     block = recipe.train
     plan = plan_epoch(
-        [len(example.input_ids) for example in examples], seed=0, epoch=0, **_batching(block)  # type: ignore[arg-type]
+        [len(example.input_ids) for example in examples],
+        seed=0,
+        epoch=0,
+        **_batching(block),
     )
     loss_sum, label_tokens = 0.0, 0
     try:
@@ -221,7 +223,7 @@ class _Run:
             seed=block.seed,
             epoch=epoch,
             accumulation=block.gradient_accumulation_steps,
-            **_batching(block),  # type: ignore[arg-type]
+            **_batching(block),
         )
 
     def windows(self) -> Iterator[tuple[int, int, list[list[int]]]]:
@@ -302,13 +304,7 @@ class _Run:
         learnt = folder / self.method.folder_name
         learnt.mkdir()
         self.method.save(self.model, self.tokenizer, learnt)
-        moments = {
-            f"{number}.{name}": value.detach().cpu().contiguous()
-            for number, entry in self.optimizer.state_dict()["state"].items()
-            for name, value in entry.items()
-        }
-        save_file(moments, folder / "optimizer.safetensors")
-        save_file(_rng_state(self.model), folder / "rng.safetensors")
+        save_tensors(folder, self.optimizer, _device(self.model))
         state = {"step": self.step, "run_id": self.run_id, "pending": self.pending, **self.identity}
         state["versions"] = {"torch": str(torch.__version__)}
         (folder / "state.json").write_text(json.dumps(state, indent=1))
@@ -319,7 +315,8 @@ class _Run:
         if not resume:
             if identity_file.exists() or checkpoints(self.output):
                 raise TrainingError(
-                    f"{self.output} already holds a run", hint="continue it with --resume, or choose another output.dir="
+                    f"{self.output} already holds a run",
+                    hint="continue it with --resume, or choose another output.dir=",
                 )
             identity_file.write_text(json.dumps({"run_id": self.run_id, **self.identity}, indent=1))
             return
@@ -345,13 +342,7 @@ class _Run:
     def _restore(self, folder: Path) -> None:
         state = json.loads((folder / "state.json").read_text())
         self.method.restore(self.model, folder / self.method.folder_name)
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in load_file(folder / "optimizer.safetensors").items():
-            number, _, key = name.partition(".")
-            moments.setdefault(int(number), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        _set_rng_state(self.model, load_file(folder / "rng.safetensors"))
+        load_tensors(folder, self.optimizer, _device(self.model))
         self.step = self.saved_step = state["step"]
         self.pending = state["pending"]
 
@@ -366,32 +357,6 @@ class _Run:
             self.output / self.method.folder_name,
             lambda folder: self.method.save(self.model, self.tokenizer, folder),
         )
-
-
-class _Signals:
-    """Remember the first SIGINT or SIGTERM; the second has its usual effect."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._put_back()
-
-    def _remember(self, number: int, frame: Any) -> None:
-        self.received = True
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 def _batching(block: TrainBlock) -> dict[str, int]:
@@ -412,21 +377,6 @@ def _precision(block: TrainBlock, model: nn.Module) -> contextlib.AbstractContex
     if not block.bf16:
         return contextlib.nullcontext()
     return torch.autocast(_device(model).type, dtype=torch.bfloat16)
-
-
-def _rng_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    device = _device(model)
-    if device.type != "cpu":
-        state["accelerator"] = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def _set_rng_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    device = _device(model)
-    if device.type != "cpu" and "accelerator" in state:
-        torch.get_device_module(device).set_rng_state(state["accelerator"], device)
 
 
 def _summary(steps: Sequence[dict[str, float]]) -> dict[str, float]:

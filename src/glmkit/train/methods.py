@@ -120,12 +120,12 @@ class LoraMethod:
             )
         config = LoraConfig(
             r=self.block.r,
-            lora_alpha=self.block.lora_alpha,  # type: ignore[arg-type]
+            lora_alpha=self.block.lora_alpha,
             lora_dropout=self.block.lora_dropout,
             target_modules=list(self.block.target_modules),
             task_type="CAUSAL_LM",
         )
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, config)
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

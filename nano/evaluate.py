@@ -1,0 +1,118 @@
+"""Measures glm-nano on held-out prompts of each kind, greedily.
+
+    python nano/evaluate.py build/nano/heldout.jsonl [--model glm-nano] [--limit 400] [--json FILE]
+
+arithmetic, fact and greeting count an answer that equals the generated one; fact also counts one that contains what was
+asked for. A tool record counts if name and arguments of the call are right (records without a call: equal answers).
+Advertising copy is measured by ROUGE and BLEU against one of many possible texts, so the share of requested attributes
+that the copy mentions says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import glmkit
+from glmkit.chat.messages import to_messages
+from glmkit.chat.templates import prompt_ids
+from glmkit.engine.decode import generate_batch
+from glmkit.engine.sampling import SamplingOptions
+from glmkit.evaluate.adgen import score
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from world import advert
+
+
+def first_prompt(record: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages up to the first call of a tool record, else up to the last answer; and that answer."""
+    messages = record["conversations"]
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    place = answers[0] if record["kind"] == "tool" else answers[-1]
+    return messages[:place], messages[place]
+
+
+def answer(model: Any, tokenizer: Any, prompts: list[list[dict[str, Any]]]) -> list[str]:
+    """Greedy answers, header line included (it names the tool of a call)."""
+    ids = [prompt_ids(tokenizer, to_messages(messages)) for messages in prompts]
+    outputs = generate_batch(
+        model, ids, SamplingOptions(temperature=0.0), stop_ids=tokenizer.stop_ids, max_new_tokens=160, batch_size=32
+    )
+    return [tokenizer.decode(output) for output in outputs]
+
+
+def attributes(prompt: str) -> tuple[list[tuple[str, str]], bool]:
+    """The attribute pairs in a prompt, and whether it is English."""
+    start = prompt.find("类型#")
+    english = start < 0
+    text = prompt[start:] if not english else prompt
+    pairs = []
+    for part in text.replace("\n", "*").split("*"):
+        key, sign, value = part.partition("#")
+        if sign:
+            pairs.append((key.split()[-1].split("：")[-1].split(":")[-1], value.strip()))
+    return pairs, english
+
+
+def measure(records: list[dict[str, Any]], model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+    """The figures of each kind."""
+    pairs = [first_prompt(record) for record in records]
+    texts = answer(model, tokenizer, [prompt for prompt, _ in pairs])
+    kinds: dict[str, list[tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any], str]]] = defaultdict(list)
+    for record, (prompt, wanted), text in zip(records, pairs, texts):
+        kinds[record["kind"]].append((record, prompt, wanted, text))
+    results: dict[str, dict[str, float]] = {}
+    for kind, members in kinds.items():
+        right = 0
+        for _, _, wanted, text in members:
+            header, _, content = text.partition("\n")
+            right += header.strip() == wanted.get("metadata", "") and content.strip() == wanted["content"].strip()
+        results[kind] = {"records": len(members), "exact": 100 * right / len(members)}
+    copies = [(prompt[-1]["content"], wanted["content"], text.strip()) for _, prompt, wanted, text in kinds["adgen"]]
+    results["adgen"] |= score([text for _, _, text in copies], [wanted for _, wanted, _ in copies])
+    results["adgen"] |= coverage([(prompt, text) for prompt, _, text in copies])
+    return results
+
+
+def coverage(copies: list[tuple[str, str]]) -> dict[str, float]:
+    """Share of requested attributes that the Chinese copy mentions, and of copies that mention all."""
+    asked = found = complete = counted = 0
+    for prompt, text in copies:
+        pairs, english = attributes(prompt)
+        if english or not pairs:
+            continue
+        counted += 1
+        missing = len(advert.missing(pairs, text))
+        asked, found, complete = asked + len(pairs) - 1, found + len(pairs) - 1 - missing, complete + (missing == 0)
+    return {"attributes_mentioned": 100 * found / asked, "all_attributes": 100 * complete / counted, "chinese": counted}
+
+
+def main() -> None:
+    """Prints a table, and writes the figures if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("heldout", type=Path)
+    parser.add_argument("--model", default="glm-nano")
+    parser.add_argument("--limit", type=int, default=400, help="records of each kind")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    records, counts = [], defaultdict(int)
+    for line in arguments.heldout.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        counts[record["kind"]] += 1
+        if counts[record["kind"]] <= arguments.limit:
+            records.append(record)
+    model, tokenizer = glmkit.load(arguments.model)
+    results = measure(records, model, tokenizer)
+    for kind, figures in results.items():
+        print(kind, ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
