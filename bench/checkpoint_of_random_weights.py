@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from glmkit.checkpoint import save_tensors, write_folder
 from glmkit.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM
+from glmkit.writing import save_tensors, write_folder
 
 _POOL = 64 * 2**20
 

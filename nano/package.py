@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import glmkit
-from glmkit.checkpoint import save_tensors, write_folder
+from glmkit.writing import save_tensors, write_folder
 
 GREEDY = {"do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
 

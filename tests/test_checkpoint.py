@@ -12,15 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from glmkit.checkpoint import (
-    ADAPTER_WEIGHTS,
-    check_tensors,
-    open_folder,
-    save_tensors,
-    write_folder,
-    write_text_atomic,
-)
+from glmkit.checkpoint import ADAPTER_WEIGHTS, check_tensors, open_folder
 from glmkit.errors import CheckpointError, OutputError
+from glmkit.writing import save_tensors, write_folder, write_text_atomic
 
 
 def _tensors() -> dict[str, torch.Tensor]:

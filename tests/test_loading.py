@@ -470,7 +470,7 @@ def test_sizes_that_are_allowed_but_not_there_cost_no_memory(own: Path) -> None:
     set_config(own, hidden_size=10**6, padded_vocab_size=10**7, num_layers=20)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for door in DOORS.values():
-        with pytest.raises(CheckpointError, match="vocabulary"):
+        with pytest.raises(CheckpointError, match=r"expected \[10000000, 1000000\]"):
             door(own)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100 << 10  # KiB
 

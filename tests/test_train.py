@@ -328,11 +328,11 @@ def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path: Path, damage: str) ->
         file.unlink()
     else:
         (tmp_path / "step-2" / "manifest.json").write_text('{"fil')
-    (tmp_path / "step-3.tmp-12345678").mkdir()
+    (tmp_path / ".step-3.tmp-12345678").mkdir()
     found, skipped = newest_checkpoint(tmp_path, "mine")
     assert found == tmp_path / "step-1"
     assert [text.split(":")[0] for text in skipped] == ["step-2"]
-    assert not list(tmp_path.glob("*.tmp-*"))
+    assert not list(tmp_path.glob(".*.tmp-*"))
 
 
 def test_a_kill_at_any_call_of_a_save_leaves_a_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

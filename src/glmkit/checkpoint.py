@@ -1,4 +1,4 @@
-"""The one gate through which a checkpoint folder is opened, and the writer of new ones.
+"""The one gate through which a checkpoint folder is opened.
 
     folder --open_folder--> config.json, index, headers of all shards    everything is checked, nothing allocated
            --check_tensors--> names and shapes against the model         still nothing allocated
@@ -19,8 +19,6 @@ import logging
 import math
 import os
 import re
-import secrets
-import shutil
 import stat
 import struct
 from collections import Counter
@@ -28,11 +26,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from glmkit.errors import CheckpointError, OutputError
+from glmkit.errors import CheckpointError
 from glmkit.pickles import MAX_DIMENSIONS, FileRefused, inspect_bin, printable
 
 logger = logging.getLogger("glmkit")
@@ -68,8 +66,8 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_INDEX_SUFFIX = ".index.json"
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+INDEX_SUFFIX = ".index.json"
 _VOCABULARY_TENSOR = re.compile(r"(word_embeddings|output_layer|lm_head)\.weight$")
 
 
@@ -156,7 +154,7 @@ class Folder:
             self._directory = _Directory(path)
         except (OSError, ValueError) as error:
             hint = "give the folder, not a file in it" if path.is_file() else None
-            raise CheckpointError(_shown_path(path), [f"the folder {_reason(error)}"], hint=hint) from error
+            raise CheckpointError(shown_path(path), [f"the folder {_reason(error)}"], hint=hint) from error
 
     def __enter__(self) -> Folder:
         return self
@@ -228,7 +226,7 @@ class Folder:
         wanted = list(self.tensors) if names is None else list(dict.fromkeys(names))
         unknown = [f"there is no tensor {printable(name)}" for name in wanted if name not in self.tensors]
         if unknown:
-            raise CheckpointError(_shown_path(self.path), unknown)
+            raise CheckpointError(shown_path(self.path), unknown)
         position = {file: number for number, file in enumerate(self._files)}
         infos = [self.tensors[name] for name in wanted]
         # Pages of a large checkpoint would push out everything else, the model's own memory included; those of a small
@@ -243,7 +241,7 @@ class Folder:
 
     def _error(self, name: str, error: Exception) -> CheckpointError:
         hint = error.hint if isinstance(error, FileRefused) else None
-        return CheckpointError(_shown_path(self.path), [f"{printable(name)} {_reason(error)}"], hint=hint)
+        return CheckpointError(shown_path(self.path), [f"{printable(name)} {_reason(error)}"], hint=hint)
 
 
 class _Directory:
@@ -359,7 +357,7 @@ class _Problems:
 
     def raise_for(self, folder: Folder) -> None:
         if self.found:
-            raise CheckpointError(_shown_path(folder.path), self.found, hint=self.hint)
+            raise CheckpointError(shown_path(folder.path), self.found, hint=self.hint)
 
 
 # Which tensors are where ---------------------------------------------------------------------------------------------
@@ -376,8 +374,8 @@ def _add_weights(folder: Folder, candidates: Sequence[str], problems: _Problems)
         return
     chosen = found[0]
     if len(found) > 1:
-        logger.info("%s: using %s and leaving %s", _shown_path(folder.path), chosen, ", ".join(found[1:]))
-    if not chosen.endswith(_INDEX_SUFFIX):
+        logger.info("%s: using %s and leaving %s", shown_path(folder.path), chosen, ", ".join(found[1:]))
+    if not chosen.endswith(INDEX_SUFFIX):
         with problems.collect(chosen):
             for info in _inspect(folder, chosen):
                 folder.tensors[info.name] = info
@@ -405,7 +403,7 @@ def _read_index(folder: Folder, name: str) -> dict[str, str]:
         raise FileRefused("has no weight_map object")
     if len(weight_map) > MAX_TENSORS:
         raise FileRefused(f"lists {len(weight_map)} tensors, at most {MAX_TENSORS} expected")
-    suffix = os.path.splitext(name.removesuffix(_INDEX_SUFFIX))[1]
+    suffix = os.path.splitext(name.removesuffix(INDEX_SUFFIX))[1]
     shards = set()
     for shard in weight_map.values():
         if not isinstance(shard, str):
@@ -648,7 +646,7 @@ def check_tensors(
             problems.append(f"tensor {printable(name)} of shape {list(info.shape)} is not part of this model")
     if problems:
         raise CheckpointError(
-            _shown_path(folder.path),
+            shown_path(folder.path),
             problems,
             hint="config.json and the weights must come from the same checkpoint",
         )
@@ -660,7 +658,8 @@ def _shape_problem(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -
     return f"tensor {printable(name)} has shape {list(found)}, expected {list(wanted)}"
 
 
-def _shown_path(path: Path) -> str:
+def shown_path(path: Path) -> str:
+    """A path for messages: no control characters, not too long."""
     return printable(str(path), limit_characters=1000)
 
 
@@ -670,196 +669,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ELOOP:
         return "is a link to a link"
     return f"cannot be read: {error.strerror if isinstance(error, OSError) else error}"
-
-
-# Writing -------------------------------------------------------------------------------------------------------------
-
-
-class ShapedTensor(Protocol):
-    """Anything with a shape and a dtype: a tensor, also one on the meta device, or a TensorInfo."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-@contextlib.contextmanager
-def write_folder(dst: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Makes a folder that appears under its name only when it is complete.
-
-    Args:
-        dst: The folder to make; one that exists and is empty is taken as not existing.
-        overwrite: Replace an existing folder, with everything in it.
-
-    Yields:
-        A new empty folder beside `dst`. When the block ends well its files are forced to disk and it is renamed to
-        `dst`; when the block raises it is removed and `dst` stays as it was.
-
-    Raises:
-        OutputError: `dst` exists and is not to be replaced, or cannot be written.
-    """
-    target = Path(os.path.realpath(Path(dst).expanduser()))
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{_shown_path(target)} is a file, expected a folder or nothing")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise OutputError(f"{_shown_path(target)} exists and is not empty", hint="choose another name, or overwrite it")
-    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot make a folder in {_shown_path(target.parent)}: {error.strerror}") from error
-    try:
-        yield temporary
-        try:
-            _publish(temporary, target)
-        except OSError as error:
-            raise OutputError(f"cannot write {_shown_path(target)}: {error.strerror}") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Forces a finished folder to disk and gives it its name."""
-    for root, _, files in os.walk(temporary):
-        for file in files:
-            _sync(Path(root) / file)
-        _sync(Path(root))
-    old: Path | None = None
-    if target.is_dir() and any(target.iterdir()):
-        # Two steps, because a rename cannot replace a full folder; if the second fails the first is undone.
-        old = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
-        os.rename(target, old)
-    try:
-        os.rename(temporary, target)
-    except OSError:
-        if old is not None:
-            os.rename(old, target)
-        raise
-    _sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a UTF-8 text file that is seen either not at all or whole.
-
-    Args:
-        path: The file; an existing one is replaced.
-        text: Its content.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    target = Path(path)
-    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        _sync(target.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"cannot write {_shown_path(target)}: {error.strerror}") from error
-        raise
-
-
-def save_tensors(
-    folder: str | os.PathLike[str],
-    tensors: Mapping[str, ShapedTensor],
-    *,
-    fetch: Callable[[str], torch.Tensor] | None = None,
-    max_shard_bytes: int = 5_000_000_000,
-    file_name: str = "model.safetensors",
-) -> list[Path]:
-    """Writes tensors as safetensors, in shards with an index if they do not fit into one file.
-
-    Args:
-        folder: An existing folder, best the one that `write_folder` yields.
-        tensors: Name -> tensor. With `fetch`, only their shapes and dtypes are used.
-        fetch: Gives the tensor of a name when its turn comes, so that not all need to be in memory at once.
-        max_shard_bytes: The most tensor data in one file; a larger tensor gets a file of its own.
-        file_name: Name if it is one file; shards are called `model-00001-of-00002.safetensors` and so on.
-
-    Returns:
-        The weight files written.
-
-    Raises:
-        OutputError: A file cannot be written, a dtype is not supported, or `fetch` gave another tensor than promised.
-    """
-    shards: list[dict[str, ShapedTensor]] = [{}]
-    room = max_shard_bytes
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise OutputError(f"tensor {name} has dtype {tensor.dtype}, which is not written")
-        size = math.prod(tensor.shape) * tensor.dtype.itemsize
-        if size > room and shards[-1]:
-            shards.append({})
-            room = max_shard_bytes
-        shards[-1][name] = tensor
-        room -= size
-    stem, suffix = os.path.splitext(file_name)
-    count = len(shards)
-    files = [f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)]
-    paths = [Path(folder) / file for file in (files if count > 1 else [file_name])]
-    for path, shard in zip(paths, shards):
-        try:
-            _write_shard(path, shard, fetch)
-        except OSError as error:
-            raise OutputError(f"cannot write {_shown_path(path)}: {error.strerror}") from error
-    if count > 1:
-        total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text_atomic(Path(folder) / (file_name + _INDEX_SUFFIX), json.dumps(index, indent=2) + "\n")
-    return paths
-
-
-def _write_shard(path: Path, tensors: Mapping[str, ShapedTensor], fetch: Callable[[str], torch.Tensor] | None) -> None:
-    # Widest numbers first, so that every tensor is aligned to its own item size, which some readers need.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, tensor in ordered:
-        end = position + math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    raw += b" " * (-len(raw) % 8)
-    with open(path, "wb", buffering=0) as file:
-        _write_all(file, memoryview(struct.pack("<Q", len(raw)) + raw))
-        for name, promised in ordered:
-            tensor = promised if fetch is None else fetch(name)
-            if not isinstance(tensor, torch.Tensor):
-                raise OutputError(f"{name} is no tensor; give fetch= to get it")
-            if tuple(tensor.shape) != tuple(promised.shape) or tensor.dtype != promised.dtype:
-                raise OutputError(
-                    f"tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
-                    f"promised was {promised.dtype} {list(promised.shape)}"
-                )
-            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            _write_all(file, data.numpy().data)
-
-
-def _write_all(file: io.FileIO, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += file.write(data[done : done + READ_CHUNK_BYTES])

@@ -11,7 +11,7 @@ from glmkit.checkpoint import Folder, open_folder
 from glmkit.errors import UsageError
 from glmkit.families import find_family
 from glmkit.loading import check_model, read_config
-from glmkit.location import locate
+from glmkit.location import DownloadError, locate
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM, ChatGLM2ForSequenceClassification
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.quant.official import is_quantised_layer, quantize_model
@@ -23,7 +23,7 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
     """Describes a folder, or a family that is not on this machine (from its released sizes).
 
     Args:
-        name: A folder, family name or hub id.
+        name: A folder, family name or hub id. Nothing is fetched.
         context_tokens: Context length for the KV cache estimate.
         batch: Number of sequences for it.
 
@@ -32,12 +32,12 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
         dtype) and memory_bytes per weight format, each with weights, kv_cache (float16) and total.
 
     Raises:
-        UsageError: Unknown name. CheckpointError, ConfigError: The folder cannot be loaded.
+        UsageError: Unknown name. DownloadError: A hub id that is not on this machine. CheckpointError, ConfigError: The folder cannot be loaded.
     """
     family = find_family(name)
     try:
-        location = locate(name)
-    except UsageError:
+        location = locate(name, hub={"local_files_only": True})  # nobody looks at a model to fetch gigabytes
+    except (UsageError, DownloadError):
         if family is None:
             raise
         location = None

@@ -54,7 +54,7 @@ def locate(
     """
     text, hub = os.fspath(name), dict(hub or {})
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         return folder
     family = find_family(text)
     if family is not None and not family.hub_id:
@@ -123,7 +123,7 @@ def _fetch(hub_id: str, revision: str | None, hub: Mapping[str, Any]) -> Path:
 
     try:
         if hub.get("local_files_only"):
-            raise FileNotFoundError("it is not in the cache, and local_files_only is set")
+            raise FileNotFoundError("it is not on this machine, and local_files_only forbids to fetch it")
         names = HfApi(token=hub.get("token")).list_repo_files(hub_id, revision=revision)
         weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin"
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*_PATTERNS, weights], **hub))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from glmkit.chat.messages import Message
 from glmkit.errors import OutputError, UsageError
+from glmkit.writing import write_text_atomic
 
 _SCHEMA = 1
 _KEPT = 50  # conversations on disk; older ones are removed when a new one begins
@@ -78,20 +78,9 @@ def write(path: Path, transcript: Transcript) -> None:
     text = json.dumps(content, ensure_ascii=False, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # mkstemp makes a file that only its owner may read.
-        handle, temporary = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-        try:
-            # A character that is half a pair cannot be written as UTF-8; the model could not have read it either.
-            with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    write_text_atomic(path, text + "\n", private=True)
 
 
 def read(path: Path) -> Transcript:

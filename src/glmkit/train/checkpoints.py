@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill at any moment, a full disk and a flipped byte; no pickle anywhere.
 
-A checkpoint is written beside its place, every file is synced, the manifest with sizes and SHA-256 comes last, one
+A checkpoint is written beside its place, the manifest with sizes and SHA-256 comes last, every file is synced, one
 rename publishes it, then the `latest` pointer moves, and only then are old ones deleted. Reading goes from the newest
 to the oldest and takes the first whose manifest verifies.
 """
@@ -14,11 +14,12 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from glmkit.errors import TrainingError
+from glmkit.errors import OutputError, TrainingError
+from glmkit.writing import write_folder, write_text_atomic
 
 _STEP = re.compile(r"step-(\d+)")
 _BLOCK_BYTES = 1 << 20
@@ -62,30 +63,16 @@ def publish(target: Path, write: Callable[[Path], None], about: dict[str, Any] |
         write: Fills the folder it is given.
         about: Written into `manifest.json` together with size and SHA-256 of every file; None writes no manifest.
     """
-    temporary = target.with_name(f"{target.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
-    try:
-        write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        for path in files:
-            _sync(path)
-        if about is not None:
-            listed = {
-                path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-                for path in files
-            }
-            manifest = temporary / "manifest.json"
-            manifest.write_text(json.dumps({**about, "files": listed}, indent=1))
-            _sync(manifest)
-        for folder in {path.parent for path in files} | {temporary}:
-            _sync(folder)
-        if target.exists():
-            _discard(target)
-        os.rename(temporary, target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with write_folder(target, overwrite=True) as folder:
+        write(folder)
+        if about is None:
+            return
+        listed = {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        (folder / "manifest.json").write_text(json.dumps({**about, "files": listed}, indent=1))
 
 
 def save_checkpoint(output: Path, step: int, run_id: str, write: Callable[[Path], None], keep: int) -> Path:
@@ -107,12 +94,8 @@ def save_checkpoint(output: Path, step: int, run_id: str, write: Callable[[Path]
     target = output / f"step-{step}"
     try:
         publish(target, write, {"step": step, "run_id": run_id})
-        pointer = output / "latest.tmp"
-        pointer.write_text(target.name + "\n")
-        _sync(pointer)
-        os.replace(pointer, output / "latest")
-        _sync(output)
-    except OSError as error:
+        write_text_atomic(output / "latest", target.name + "\n")
+    except (OSError, OutputError) as error:
         raise TrainingError(
             f"checkpoint {target} could not be written: {error}", hint="free space or choose another output.dir"
         ) from error
@@ -142,7 +125,7 @@ def newest_checkpoint(output: Path, run_id: str) -> tuple[Path | None, list[str]
     Returns:
         The folder or None, and one sentence for each checkpoint that was skipped.
     """
-    for pattern in ("*.tmp-*", ".trash-*"):
+    for pattern in (".*.tmp-*", ".*.old-*", ".trash-*"):
         for leftover in output.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
     skipped: list[str] = []
@@ -194,14 +177,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    # Folders cannot be opened for syncing everywhere; where they cannot, the rename is all there is.
-    flags = os.O_RDONLY
-    with suppress(PermissionError):
-        descriptor = os.open(path, flags)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
