@@ -225,6 +225,21 @@ def test_quantised_tensors_of_wrong_shape_or_missing_are_listed(folder: Path, tm
         assert "[64, 32], expected [64, 16]" in str(caught.value)
 
 
+def test_arguments_of_transformers_reach_a_quantised_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """transformers does not load these folders, so what users tell it must not get lost."""
+    AutoModel.from_pretrained(folder).quantize(8).save_pretrained(tmp_path)
+    expected = logits(AutoModel.from_pretrained(tmp_path, dtype=torch.float32))
+    for options in ({"device_map": "auto"}, {"device_map": {"": "cpu"}}, {"device_map": torch.device("cpu")}):
+        model = AutoModel.from_pretrained(tmp_path, torch_dtype=torch.float32, **options)
+        torch.testing.assert_close(logits(model.cpu()), expected, atol=1e-4, rtol=0)
+    eager = AutoModel.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    assert eager.transformer.encoder.layers[0].self_attention.attend.__name__ == "attend_eagerly"
+    torch.testing.assert_close(logits(eager), expected, atol=1e-4, rtol=0)
+    for place in ({"transformer.embedding": "cpu", "transformer.encoder": "disk"}, "nonsense"):
+        with pytest.raises(UsageError, match="device"):
+            AutoModel.from_pretrained(tmp_path, device_map=place)
+
+
 def test_other_bits_and_other_formats(folder: Path) -> None:
     model = AutoModel.from_pretrained(folder)
     with pytest.raises(UsageError, match="4 or 8 bits"):

@@ -32,7 +32,9 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
         dtype) and memory_bytes per weight format, each with weights, kv_cache (float16) and total.
 
     Raises:
-        UsageError: Unknown name. DownloadError: A hub id that is not on this machine. CheckpointError, ConfigError: The folder cannot be loaded.
+        UsageError: Unknown name.
+        DownloadError: A hub id that is not on this machine.
+        CheckpointError, ConfigError: The folder cannot be loaded.
     """
     family = find_family(name)
     try:

@@ -21,6 +21,7 @@ from glmkit.chat.reply import ReplyStream as MessageStream
 from glmkit.chat.tools import INTERPRETER, TOOLS_SENTENCE, ToolCall
 from glmkit.engine.decode import CancelToken, Step, stream
 from glmkit.engine.sampling import SamplingOptions
+from glmkit.engine.text import StopText
 from glmkit.errors import UsageError
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 
@@ -114,7 +115,7 @@ class ReplyStream:
         self._offers_tools = _offers_tools(messages)
         self._shown_message = -1  # the one that text was last shown of
         self._reuse = reuse
-        self._stop = _StopText(choices.stop)
+        self._stop = StopText(choices.stop)
         self._ids: list[int] = []  # of the answer, without the stop id
         self._text = ""
         self._finish_reason = "cancelled"
@@ -244,48 +245,6 @@ class ReplyStream:
             dropped_turns=self._dropped_turns,
         )
         return rest
-
-
-class _StopText:
-    """Holds back what may be the beginning of a stop text, and ends at the first whole one.
-
-    Args:
-        stops: The stop texts.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise UsageError(f"stop={list(stops)!r}: expected texts, none of them empty")
-        self._stops = stops
-        self._held = ""
-        self.stopped = False
-
-    def push(self, text: str) -> str:
-        """Takes the next piece.
-
-        Returns:
-            What is certainly before any stop text.
-        """
-        text = self._held + text
-        ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)]
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        held = next(
-            (size for size in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-size:])),
-            0,
-        )
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-    def _may_begin(self, end: str) -> bool:
-        return any(stop.startswith(end) for stop in self._stops)
-
-    def finish(self) -> str:
-        """Gives what was held back."""
-        held, self._held = self._held, ""
-        return held
 
 
 def _header_line(metadata: str) -> str:

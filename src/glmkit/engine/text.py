@@ -11,6 +11,43 @@ _PENDING_BYTES = 3  # of a UTF-8 character of four bytes, three can be waiting f
 _WINDOW_TOKENS = 16
 
 
+class StopText:
+    """Lets text through up to the first stop string, and holds back what may be the beginning of one.
+
+    Args:
+        stop: Strings that end the text; they and what follows are not given out.
+
+    Raises:
+        UsageError: Not a list of non-empty strings.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
+            raise UsageError(f"stop={stop!r}: expected a list of non-empty strings")
+        self.stopped: str | None = None  # the stop string that ended the text
+        self._stop = tuple(stop)
+        self._held = ""  # text that may be the beginning of a stop string
+
+    def push(self, text: str) -> str:
+        """Takes the next piece and returns what is certainly in front of any stop string."""
+        if self.stopped is not None:
+            return ""
+        text = self._held + text
+        found = [(at, word) for word in self._stop if (at := text.find(word)) >= 0]
+        if found:
+            at, self.stopped = min(found)
+            self._held = ""
+            return text[:at]
+        keep = max((_overlap(text, word) for word in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Gives out what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
 class TextStream:
     """Turns token ids into pieces of text whose sum is the decoded whole, up to the first stop string.
 
@@ -24,15 +61,16 @@ class TextStream:
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
-        if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
-            raise UsageError(f"stop={stop!r}: expected a list of non-empty strings")
-        self.stopped: str | None = None  # the stop string that ended the text
         self._decode = decode
-        self._stop = tuple(stop)
+        self._stop = StopText(stop)
         self._ids: list[int] = []  # the window
-        self._taken = ""  # how much of the window's text is in `_held` or given out
+        self._taken = ""  # how much of the window's text is given out, or held back for a stop string
         self._edge = 0  # a place in the window where a token ends and a character ends too
-        self._held = ""  # text that may be the beginning of a stop string
+
+    @property
+    def stopped(self) -> str | None:
+        """The stop string that ended the text, if any."""
+        return self._stop.stopped
 
     def push(self, token_id: int) -> str:
         """Takes the next token.
@@ -54,7 +92,7 @@ class TextStream:
         self._taken = certain
         if fresh and certain == text:
             self._move_window()
-        return self._release(fresh) if fresh else ""
+        return self._stop.push(fresh) if fresh else ""
 
     def finish(self) -> str:
         """Ends the text: gives out what was held back, incomplete characters as U+FFFD."""
@@ -62,9 +100,7 @@ class TextStream:
             return ""
         fresh = self._decode(self._ids)[len(self._taken) :]
         self._ids, self._taken, self._edge = [], "", 0
-        text = self._release(fresh)
-        held, self._held = self._held, ""
-        return text + held
+        return self._stop.push(fresh) + self._stop.finish()
 
     def _move_window(self) -> None:
         if len(self._ids) > _WINDOW_TOKENS and self._edge:
@@ -74,17 +110,6 @@ class TextStream:
             if context and self._taken.endswith(context):
                 self._ids, self._taken = tail, context
         self._edge = len(self._ids)
-
-    def _release(self, fresh: str) -> str:
-        text = self._held + fresh
-        found = [(at, word) for word in self._stop if (at := text.find(word)) >= 0]
-        if found:
-            at, self.stopped = min(found)
-            self._held = ""
-            return text[:at]
-        keep = max((_overlap(text, word) for word in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
 
 
 def _without_pending(text: str) -> str:
