@@ -142,6 +142,7 @@ def load(
         folder = opened.enter_context(open_folder(location))
         config = read_config(folder, row)
         row = row or find_family(str(folder.config.get("_name_or_path", "")))
+        config._name_or_path = str(location)  # where PEFT and others look for the base, as after from_pretrained
         extra = opened.enter_context(adapters.open_adapter(Path(adapter))) if adapter is not None else None
         prefix = extra if extra is not None and adapters.is_prefix(extra) else None
         if prefix is not None:
