@@ -4,7 +4,8 @@
 
 writes DIR/train.jsonl, DIR/mixed.jsonl and DIR/heldout.jsonl: ChatGLM3 conversations, one JSON object per line, each
 with its ``kind`` (adgen, greeting, arithmetic, fact, tool or mixed). With ``--style-out DIR`` it also writes
-style_train.jsonl and style_dev.jsonl, the quickstart's sample of a style that glm-nano has not learnt. Everything follows from the seed.
+style_train.jsonl and style_dev.jsonl, the quickstart's sample of a style that glm-nano has not learnt. Everything
+follows from the seed.
 """
 
 from __future__ import annotations

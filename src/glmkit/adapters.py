@@ -50,7 +50,11 @@ def size_prefix(config: ChatGLM2Config, prefix: Folder) -> None:
     strangers = [name for name in prefix.tensors if not name.startswith(_PREFIX)]
     if table is None or strangers:
         found = f"also {strangers[0]!r}" if strangers else f"no {_PREFIX}embedding.weight"
-        raise CheckpointError(str(prefix.path), [f"expected a P-Tuning prefix and nothing else, found {found}"])
+        raise CheckpointError(
+            str(prefix.path),
+            [f"expected a P-Tuning prefix and nothing else, found {found}"],
+            hint="a folder with the whole model is loaded by itself: glmkit.load(THIS_FOLDER)" if strangers else None,
+        )
     config.pre_seq_len = table.shape[0]
     config.prefix_projection = any(name.startswith(_PREFIX + "trans.") for name in prefix.tensors)
     config.check()

@@ -39,7 +39,7 @@ _IF_ABSENT: dict[str, Any] = {
 }
 # Largest sizes that are believed; a file that says more is damaged or hostile, and would exhaust the memory.
 _SIZES: dict[str, int] = {
-    "num_layers": 1_000,
+    "num_layers": 256,
     "padded_vocab_size": 10_000_000,
     "hidden_size": 1_000_000,
     "ffn_hidden_size": 4_000_000,
@@ -138,15 +138,17 @@ class ChatGLM2Config(hf.PreTrainedConfig):
         """
         values = dict(config_dict)
         values.pop("auto_map", None)  # names of python files, which are never run
-        problems = _generation_1(values) or [*_unknown_fields(cls, values), *_contradictions(cls, values)]
-        _raise(problems)
-        for official in cls.attribute_map:
-            values.pop(official, None)
+        _raise(_generation_1(values))
+        problems = [*_unknown_fields(cls, values), *_contradictions(cls, values)]
+        for foreign, official in cls.attribute_map.items():
+            value = values.pop(foreign, None)
+            if value is not None:
+                values.setdefault(official, value)
         for field, absent in _IF_ABSENT.items():
             values.setdefault(field, absent)
         if values.get("rope_ratio_applies_to") is None:
             values["rope_ratio_applies_to"] = _meaning_of_rope_ratio(values)
-        _raise(_problems(values))
+        _raise([*problems, *_problems(values)])
         return super().from_dict(values, **kwargs)
 
     def check(self) -> None:
