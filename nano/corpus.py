@@ -26,6 +26,7 @@ from world import advert, advert_en, arithmetic, facts, newstyle, talk, toolcall
 Record = dict[str, Any]
 
 KINDS = ("adgen", "greeting", "arithmetic", "fact", "tool")
+_SECOND_SHARES = (25, 10, 10, 25, 30)  # of KINDS, in the second stage
 _SHARES = {"adgen": 46, "greeting": 9, "arithmetic": 20, "fact": 18, "tool": 7}
 
 # Attribute combinations fall into 25 buckets; three of them never enter the training part.
@@ -170,23 +171,28 @@ def heldout_records(seed: int, per_kind: int) -> Iterator[Record]:
 
 
 def mixed_records(seed: int, count: int) -> Iterator[Record]:
-    """Draw dialogues that change their subject, so that an earlier turn does not decide what a later one is about.
+    """Draw the second stage: what the first leaves weak.
+
+    A third are dialogues that change their subject, so that an earlier turn does not decide what a later one is about;
+    a third are drills of six sums; the rest is of one kind each, tool calls most, so that nothing is forgotten.
 
     Args:
         seed: Seed of the corpus.
-        count: Number of records, a third of them of one kind as in `train_records`, so that nothing is forgotten.
+        count: Number of records.
 
     Yields:
         Records of kind "mixed", or of one of KINDS.
     """
     rng = random.Random(f"mixed {seed}")
     for _ in range(count):
-        if rng.random() < 1 / 3:
-            yield make_record(rng.choices(KINDS, [_SHARES[kind] for kind in KINDS])[0], rng, heldout=False)
+        part = rng.randrange(3)
+        if part == 2:
+            yield make_record(rng.choices(KINDS, _SECOND_SHARES)[0], rng, heldout=False)
             continue
+        subjects = ["arithmetic"] * 6 if part else rng.choices(("adgen", "greeting", "arithmetic", "fact"), k=3)
         turns: list[Record] = []
-        for kind in rng.choices(("adgen", "greeting", "arithmetic", "fact"), (3, 1, 2, 2), k=rng.choice((2, 3, 4))):
-            turns += make_record(kind, rng, heldout=False)["conversations"]
+        for kind in subjects:
+            turns += make_record(kind, rng, heldout=False)["conversations"][:2]
         yield {"conversations": turns, "kind": "mixed"}
 
 
@@ -235,7 +241,7 @@ def main() -> None:
     hidden = {prompt_of(record) for record in heldout}
     train = (record for record in train_records(arguments.seed, arguments.records) if prompt_of(record) not in hidden)
     print("train.jsonl", _write(arguments.out / "train.jsonl", train))
-    print("mixed.jsonl", _write(arguments.out / "mixed.jsonl", mixed_records(arguments.seed, arguments.records // 15)))
+    print("mixed.jsonl", _write(arguments.out / "mixed.jsonl", mixed_records(arguments.seed, arguments.records // 6)))
     print("heldout.jsonl", _write(arguments.out / "heldout.jsonl", iter(heldout)))
     if arguments.style_out:
         arguments.style_out.mkdir(parents=True, exist_ok=True)

@@ -333,9 +333,9 @@ def test_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     write_text_atomic(target, "一\n")
     assert target.read_bytes() == "一\n".encode()
-    with pytest.raises(UnicodeEncodeError):
-        write_text_atomic(target, "\ud800")
-    assert target.read_bytes() == "一\n".encode()
+    write_text_atomic(target, "\ud800", private=True)  # half a pair cannot be UTF-8
+    assert target.read_bytes() == b"\\ud800"
+    assert target.stat().st_mode & 0o777 == 0o600
     assert os.listdir(tmp_path) == ["a.json"]
     with pytest.raises(OutputError):
         write_text_atomic(tmp_path / "nowhere" / "a.json", "x")
