@@ -31,7 +31,7 @@ def open_adapter(path: Path) -> Folder:
         raise UsageError(f"there is no adapter folder {str(path)!r}", hint="give the folder that holds the adapter")
     if (path / "adapter_config.json").is_file():
         return open_folder(path, config="adapter_config.json", weights=ADAPTER_WEIGHTS)
-    return open_folder(path)
+    return open_folder(path, config="config.json" if (path / "config.json").exists() else None)
 
 
 def is_prefix(adapter: Folder) -> bool:

@@ -211,6 +211,26 @@ class Folder:
         except UnicodeDecodeError as error:
             raise self._error(name, FileRefused(f"is not UTF-8 text ({error.reason})")) from error
 
+    def read_object(self, name: str) -> dict[str, Any] | None:
+        """Reads a small JSON file of the folder.
+
+        Args:
+            name: Its plain name.
+
+        Returns:
+            The object in it; None if there is no such file.
+
+        Raises:
+            CheckpointError: It cannot be read, or is no JSON object.
+        """
+        data = self.read_bytes(name)
+        if data is None:
+            return None
+        try:
+            return _parse_object(data, MAX_CONFIG_DEPTH, unique_keys=False)
+        except FileRefused as error:
+            raise self._error(name, error) from error
+
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Reads tensors one at a time, file by file and in the order of the file, each into memory of its own.
 

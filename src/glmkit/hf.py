@@ -6,7 +6,7 @@ in the mathematics. So the edges are kept in one place; `tests/test_hf_contract.
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 from transformers import (  # public classes that users' code meets
     AutoConfig,
@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 
-def set_generation_config(model: GenerationMixin, folder: Path) -> None:
-    """Gives a model the folder's generation_config.json, if there is one, as transformers' own loader does."""
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+def set_generation_config(model: GenerationMixin, values: dict[str, Any] | None) -> None:
+    """Gives a model the content of a generation_config.json, if there is one, as transformers' own loader does."""
+    if values is not None:
+        model.generation_config = GenerationConfig.from_dict(values)

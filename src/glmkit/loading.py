@@ -140,7 +140,7 @@ def load(
     bits = _bits(quantize)
     with ExitStack() as opened:
         folder = opened.enter_context(open_folder(location))
-        config = read_config(folder, row)
+        config = read_config(folder, row, overrule=family is not None)
         row = row or find_family(str(folder.config.get("_name_or_path", "")))
         config._name_or_path = str(location)  # where PEFT and others look for the base, as after from_pretrained
         extra = opened.enter_context(adapters.open_adapter(Path(adapter))) if adapter is not None else None
@@ -212,7 +212,7 @@ def load_model(
             _place(model, name, tensor, dtype, device, bits)
     if bits:
         model.config.quantization_bit = bits
-    hf.set_generation_config(model, folder.path)
+    hf.set_generation_config(model, folder.read_object("generation_config.json"))
     return model.eval()
 
 
@@ -235,6 +235,12 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
     expected = {
         name: s for name, s in expected.items() if name in folder.tensors or not name.startswith(new or ("\0",))
     }
+    if folder.has("adapter_config.json"):
+        raise CheckpointError(
+            str(folder.path),
+            ["adapter_config.json lies beside the weights, so it is open whether the adapter shall be used"],
+            hint="move the adapter's files into a folder of their own and give it as adapter=",
+        )
     prefixes = [name for name in folder.tensors if ".prefix_encoder." in name]
     if prefixes and len(prefixes) == len(folder.tensors):
         raise CheckpointError(
@@ -257,17 +263,23 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
         raise CheckpointError(str(folder.path), strange, hint=hint)
 
 
-def read_config(folder: Folder, family: Family | None = None) -> ChatGLM2Config:
+def read_config(folder: Folder, family: Family | None = None, *, overrule: bool = False) -> ChatGLM2Config:
     """The folder's config, completed by what `family` says or the text of its old code shows.
+
+    Args:
+        folder: The opened checkpoint.
+        family: What it is known to be.
+        overrule: Whether `family` also replaces what the folder says of itself.
 
     Raises:
         ConfigError: A field is refused, or it stays open what `rope_ratio` means.
     """
     values = dict(folder.config)
     if family is not None:
-        values.setdefault("generation", family.generation)
-        if values.get("rope_ratio_applies_to") is None:
-            values["rope_ratio_applies_to"] = "position" if family.generation == 2 else "base"
+        meaning = "position" if family.generation == 2 else "base"
+        for field, value in (("generation", family.generation), ("rope_ratio_applies_to", meaning)):
+            if overrule or values.get(field) is None:
+                values[field] = value
     config: ChatGLM2Config = ChatGLM2Config.from_dict(values)
     if config.rope_ratio_applies_to is None:
         config.rope_ratio_applies_to = _rope_sign(folder)
@@ -397,11 +409,14 @@ def _place(
     module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=trained)
 
 
-def from_pretrained(cls: type[ChatGLM2PreTrainedModel], name: Any, *args: Any, **kwargs: Any) -> Any:
+def from_pretrained(
+    cls: type[ChatGLM2PreTrainedModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+) -> Any:
     """`from_pretrained` of our classes: the gate checks the folder, then transformers loads it.
 
     One kind of folder it does not hand over: those in the official quantised format, which transformers does not
-    know. `device` and `empty_init` are accepted because the official classes take them.
+    know. `device` and `empty_init` are accepted because the official classes take them, and `trust_remote_code` stays
+    here: with it transformers would run python files that lie beside the weights.
 
     Raises:
         CheckpointError: Everything that is wrong with the folder.
@@ -411,8 +426,10 @@ def from_pretrained(cls: type[ChatGLM2PreTrainedModel], name: Any, *args: Any, *
     for foreign in ("variant", "gguf_file"):
         if kwargs.pop(foreign, None) is not None:
             raise UsageError(f"{foreign}: only the official files are loaded", hint=f"leave out {foreign}")
+    for remote in ("trust_remote_code", "code_revision"):
+        kwargs.pop(remote, None)
     hub = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if kwargs.get(key) is not None}
-    location = locate(name, download=True, revision=kwargs.get("revision"), hub=hub)
+    location = locate(pretrained_model_name_or_path, revision=kwargs.get("revision"), hub=hub)
     location = location / (kwargs.pop("subfolder", None) or "")
     kwargs.pop("empty_init", None)
     if kwargs.get("use_safetensors") is False:  # what the gate has checked must be what is loaded
@@ -422,7 +439,7 @@ def from_pretrained(cls: type[ChatGLM2PreTrainedModel], name: Any, *args: Any, *
     with open_folder(location) as folder:
         config = kwargs.pop("config", None)
         if config is None:
-            config, kwargs = cls.config_class.from_pretrained(str(location), return_unused_kwargs=True, **kwargs)
+            config, kwargs = cls.config_class.from_dict(folder.config, return_unused_kwargs=True, **kwargs)
         if config.rope_ratio_applies_to is None:
             config.rope_ratio_applies_to = _rope_sign(folder)
         config.check()

@@ -25,6 +25,9 @@ _PATTERNS = [
 ]
 
 
+_ON_THE_HUB = ("zai-org/", "THUDM/")  # ModelScope's organisation has no repositories there
+
+
 class DownloadError(GlmkitError, OSError):
     """The hub could not be reached, or does not have what was asked for."""
 
@@ -63,7 +66,7 @@ def locate(
         return folder
     if family is None and text.count("/") != 1:
         raise _unknown(text)
-    hub_id = text if "/" in text else family.hub_id  # type: ignore[union-attr]
+    hub_id = text if family is None or text.startswith(_ON_THE_HUB) else family.hub_id
     cached = _in_hub_cache(hub_id, family, revision, hub.get("cache_dir"))
     if cached is not None:
         return cached
@@ -71,7 +74,8 @@ def locate(
         assert family is not None
         raise UsageError(
             f"{family.name} is not on this machine; it would be fetched from {hub_id}, {family.bytes / 1e9:.1f} GB",
-            hint=f"to fetch it: --yes, or the hub id {hub_id}; to use a folder: its path, or GLMKIT_MODELS=FOLDER",
+            hint=f"to fetch it: --yes, in Python download=True, or the hub id {hub_id}; to use a folder: its path, or"
+            " GLMKIT_MODELS=FOLDER",
         )
     return _fetch(hub_id, revision, hub)
 

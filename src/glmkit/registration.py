@@ -27,13 +27,13 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    _registered = True
     _join_methods()
-    hf.AutoConfig.register("chatglm", ChatGLM2Config)
+    hf.AutoConfig.register("chatglm", ChatGLM2Config, exist_ok=True)
     for auto in (hf.AutoModel, hf.AutoModelForCausalLM, hf.AutoModelForSeq2SeqLM):
-        auto.register(ChatGLM2Config, ChatGLM2ForCausalLM)
-    hf.AutoModelForSequenceClassification.register(ChatGLM2Config, ChatGLM2ForSequenceClassification)
+        auto.register(ChatGLM2Config, ChatGLM2ForCausalLM, exist_ok=True)
+    hf.AutoModelForSequenceClassification.register(ChatGLM2Config, ChatGLM2ForSequenceClassification, exist_ok=True)
     tokenizers.register()
+    _registered = True
 
 
 def _join_methods() -> None:
@@ -50,7 +50,7 @@ def _quantize(self: Any, bits: int, *_: Any, **__: Any) -> Any:
     return quantize_model(self, bits)
 
 
-def _from_pretrained(cls: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+def _from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     from glmkit.loading import from_pretrained
 
-    return from_pretrained(cls, name, *args, **kwargs)
+    return from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)

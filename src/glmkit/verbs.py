@@ -197,6 +197,7 @@ def finetune(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it whole, and leave.")] = False,
+    yes: Yes = False,
 ) -> int:
     """Trains, or shows what would be trained."""
     from glmkit.train.arguments import load_recipe
@@ -208,6 +209,10 @@ def finetune(
 
         print(yaml.safe_dump(checked.model_dump(), sort_keys=False, allow_unicode=True), end="")
         return 0
+    if checked.model.path is not None:
+        from glmkit.location import locate
+
+        locate(checked.model.path, download=yes)
     from glmkit.train.run import finetune as train
 
     result = train(checked, resume=resume)

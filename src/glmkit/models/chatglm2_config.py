@@ -50,10 +50,10 @@ _SIZES: dict[str, int] = {
 }
 # Fields of transformers and of tools around it that change nothing in the network.
 _INERT = set(
-    """_attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures attn_implementation
+    """_attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
     auto_map bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id dtype eos_token_id
     finetuning_task id2label interleaved_qkv is_decoder is_encoder_decoder label2id model_type name_or_path num_labels
-    output_attentions output_hidden_states pad_token_id prefix problem_type pruned_heads quantization_config
+    output_attentions output_hidden_states pad_token_id prefix problem_type pruned_heads
     return_dict sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype
     torchscript transformers_version use_bfloat16 use_cache""".split()
 )
@@ -139,7 +139,7 @@ class ChatGLM2Config(hf.PreTrainedConfig):
         values = dict(config_dict)
         values.pop("auto_map", None)  # names of python files, which are never run
         _raise(_generation_1(values))
-        problems = [*_unknown_fields(cls, values), *_contradictions(cls, values)]
+        problems = [*_orders(values), *_unknown_fields(cls, values), *_contradictions(cls, values)]
         for foreign, official in cls.attribute_map.items():
             value = values.pop(foreign, None)
             if value is not None:
@@ -222,6 +222,19 @@ def _generation_1(values: dict[str, Any]) -> list[str]:
     if "inner_hidden_size" in values or "position_encoding_2d" in values:
         return ["this is a config of ChatGLM-6B (the first generation), which this version does not load"]
     return []
+
+
+def _orders(values: dict[str, Any]) -> list[str]:
+    """Fields that would make transformers fetch code or quantise; a file may not order that, a caller may."""
+    back_end = values.pop("attn_implementation", None)
+    problems = []
+    if back_end not in (None, "sdpa", "eager"):
+        problems.append(f"unsupported: attn_implementation={back_end!r} (expected 'sdpa' or 'eager')")
+    if values.pop("quantization_config", None) is not None:
+        problems.append(
+            "unsupported: quantization_config (give it to from_pretrained, or load an official int4 folder)"
+        )
+    return problems
 
 
 def _unknown_fields(cls: type[ChatGLM2Config], values: dict[str, Any]) -> list[str]:
