@@ -15,8 +15,10 @@ jieba = pytest.importorskip("jieba")
 
 from glmkit.errors import UsageError  # noqa: E402
 from glmkit.evaluate import adgen  # noqa: E402
-from glmkit.evaluate.adgen import METRICS, score, score_pair  # noqa: E402
+from glmkit.evaluate.adgen import METRICS, answer_text, score, score_pair  # noqa: E402
 from glmkit.evaluate.rouge import bleu_4, longest_common_subsequence, rouge_l, rouge_n, words_of  # noqa: E402
+from glmkit.tokenizers import ChatGLMTokenizer  # noqa: E402
+from tiny import train_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,6 +112,13 @@ def test_a_longest_common_subsequence_equals_the_plain_table() -> None:
             for j, y in enumerate(second):
                 table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
         assert longest_common_subsequence(first, second) == table[-1][-1]
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+def test_ids_of_the_padded_vocabulary_are_no_text(tmp_path: Path, generation: int) -> None:
+    tokenizer = ChatGLMTokenizer(train_tokenizer(tmp_path / "tokenizer.model"), generation=generation)
+    ids = tokenizer.encode_text("hello")
+    assert answer_text(tokenizer, [*ids, tokenizer.vocab_size + 3]) == "hello"
 
 
 def test_different_numbers_of_texts_are_refused() -> None:

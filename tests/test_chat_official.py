@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,6 +206,20 @@ def test_arguments_that_do_not_fit(two: ChatGLMTokenizer, three: ChatGLMTokenize
         model.chat(three, "hi", None, "user", 1, 2, 3, 4, 5, 6, 7)
 
 
+def test_signatures_are_chatglm3s(three: ChatGLMTokenizer) -> None:
+    arguments = {
+        name: parameter.default
+        for name, parameter in inspect.signature(Scripted([2]).chat).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    sampling = {"do_sample": True, "top_p": 0.8, "temperature": 0.8, "logits_processor": None}
+    head = {"history": None, "role": "user"}
+    assert list(arguments.items()) == list({**head, "max_length": 8192, "num_beams": 1, **sampling}.items())
+    names = list(inspect.signature(Scripted([2]).stream_chat).parameters)
+    assert names[:6] == ["tokenizer", "query", "history", "role", "past_key_values", "max_length"]
+    assert names[-2:] == ["return_past_key_values", "kwargs"]
+
+
 def test_longer_limit_of_32k(two: ChatGLMTokenizer) -> None:
     for ratio, limit in ((None, 8192), (1, 8192), (50, 32768)):
         model = Scripted([2], rope_ratio=ratio)
@@ -344,6 +359,23 @@ def test_stream_generate_ends(loaded: Any) -> None:
         next(model.stream_generate(**inputs, nonsense=1))
     with pytest.raises(UsageError, match="one row"):
         next(model.stream_generate(inputs["input_ids"].repeat(2, 1), max_new_tokens=3))
+
+
+def test_stream_generate_does_what_it_is_told_or_says_so(loaded: Any) -> None:
+    model, tokenizer = loaded
+    inputs = tokenizer("hello world", return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    free = list(model.stream_generate(**inputs, **arguments, eos_token_id=[]))[-1][0, length:].tolist()
+    bans = {"bad_words_ids": [[free[0]], free[1:3]], "suppress_tokens": [free[4]]}
+    banned = list(model.stream_generate(**inputs, **arguments, **bans, eos_token_id=[]))[-1][0].tolist()
+    assert banned == model.generate(**inputs, **arguments, **bans, eos_token_id=None)[0].tolist()
+    assert free[0] not in banned[length:]
+    for setting in ({"no_repeat_ngram_size": 2}, {"min_new_tokens": 5}, {"typical_p": 0.5}, {"stop_strings": "x"}):
+        with pytest.raises(UsageError, match=f"does not do {next(iter(setting))}"):
+            next(model.stream_generate(**inputs, **arguments, **setting))
+    off = {"no_repeat_ngram_size": 0, "typical_p": 1.0, "min_length": 0}
+    assert next(model.stream_generate(**inputs, **arguments, **off)).shape[1] == length + 1
 
 
 def test_logits_processors_see_all_ids(loaded: Any) -> None:

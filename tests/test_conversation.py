@@ -401,7 +401,7 @@ def test_transcripts_survive_bad_files_and_do_not_pile_up(state: Path) -> None:
     folder.mkdir(parents=True)
     for number in range(60):
         (folder / f"{number:03}.json").write_text("{}")
-    transcript.new_path()
+    assert transcript.new_path() != transcript.new_path()  # also within a second
     assert len(list(folder.iterdir())) == 49
     for text in ("", "[]", '{"schema": 9}', '{"schema": 1, "model": "x", "messages": [{"role": "king"}]}'):
         (folder / "x.json").write_text(text)

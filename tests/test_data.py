@@ -89,6 +89,7 @@ def test_all_bad_rows_are_counted_and_the_first_are_named(tmp_path: Path) -> Non
     assert f"{path}:4: field 'summary' must be text, this is int" in text
     assert f"{path}:5: a row must be a JSON object, this is list" in text
     assert f"{path}:7" not in text
+    assert "only a training recipe can name other fields" in text  # this reader serves `glm evaluate` too
 
 
 @pytest.mark.parametrize(

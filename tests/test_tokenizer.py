@@ -18,7 +18,7 @@ import sentencepiece
 import torch
 
 import tiny
-from glmkit.errors import TokenizerError, UsageError
+from glmkit.errors import OutputError, TokenizerError, UsageError
 from glmkit.hf import AutoTokenizer
 from glmkit.tokenizers import ChatGLMTokenizer, register
 
@@ -442,6 +442,87 @@ def test_auto_tokenizer_runs_no_code_of_the_folder(
     tokenizer.save_pretrained(tmp_path / "saved")
     assert type(AutoTokenizer.from_pretrained(tmp_path / "saved", trust_remote_code=trust)) is ChatGLMTokenizer
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("trust", [None, False, True])
+@pytest.mark.parametrize("described", [{}, {"tokenizer_class": "Evil"}, None], ids=["auto_map only", "foreign", "none"])
+def test_auto_tokenizer_takes_ours_for_every_chatglm_folder(
+    small_file: Path, tmp_path: Path, trust: bool | None, described: dict | None
+) -> None:
+    register()
+    register()
+    canary = tmp_path / "canary"
+    code = f"open({str(canary)!r}, 'w')\n{CODE_3}\nclass Evil(ChatGLMTokenizer): pass\n"
+    folder = make_folder(tmp_path / "x", small_file, tokenization_chatglm_py=code)
+    if described is not None:
+        name = described.get("tokenizer_class", "ChatGLMTokenizer")
+        described = described | {"auto_map": {"AutoTokenizer": [f"tokenization_chatglm.{name}", None]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
+    model = tiny.sizes(ChatGLMTokenizer(small_file, generation=3)) | {"model_type": "chatglm"}
+    (folder / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    assert type(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, use_fast=False)) is ChatGLMTokenizer
+    assert not canary.exists()
+
+
+def test_auto_tokenizer_still_searches_for_others(tmp_path: Path) -> None:
+    register()
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]\n[PAD]\n[MASK]\nhello\n")
+    assert "Bert" in type(AutoTokenizer.from_pretrained(tmp_path)).__name__
+
+
+def test_hostile_folders_are_refused(small_file: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    (tmp_path / "tokenizer.model").write_bytes(small_file.read_bytes())
+    for content, message in (("[" * 200_000, "no JSON"), (" " * 2_000_000, "bytes, at most"), ("[]", "JSON list")):
+        config.write_text(content)
+        with pytest.raises(TokenizerError, match=message):
+            ChatGLMTokenizer.from_pretrained(tmp_path, generation=3)
+        config.unlink()
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    ChatGLMTokenizer.from_pretrained(tmp_path, generation=3)
+    outside = tmp_path.with_name(tmp_path.name + "-outside")
+    outside.mkdir()
+    (outside / "tokenizer_config.json").write_text("{}")
+    config.symlink_to(outside / "tokenizer_config.json")
+    with pytest.raises(TokenizerError, match="link out of the folder"):
+        ChatGLMTokenizer.from_pretrained(tmp_path, generation=3)
+    config.unlink()
+    (tmp_path / "tokenizer.model").rename(outside / "tokenizer.model")
+    (tmp_path / "tokenizer.model").symlink_to(outside / "tokenizer.model")
+    with pytest.raises(TokenizerError, match="link out of its folder"):
+        ChatGLMTokenizer.from_pretrained(tmp_path, generation=3)
+    # The cache of the hub keeps every file as a link to a blob.
+    snapshot = tmp_path / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (outside / "tokenizer.model").rename(tmp_path / "blobs" / "abc")
+    (snapshot / "tokenizer.model").symlink_to("../../blobs/abc")
+    ChatGLMTokenizer.from_pretrained(snapshot, generation=3)
+
+
+def test_the_view_converts_like_sentencepiece(small_file: Path) -> None:
+    for generation in (2, 3):
+        tokenizer = ChatGLMTokenizer(small_file, generation=generation)
+        view = tokenizer.tokenizer
+        pieces = view.tokenize("hello 你好")
+        assert [view.convert_token_to_id(piece) for piece in pieces] == view.encode("hello 你好")
+        assert [view.convert_id_to_token(index) for index in view.encode("hello 你好")] == pieces
+        assert view.decode_tokens(pieces) == "hello 你好"
+        assert view.convert_token_to_id("sop") == tokenizer.get_command("sop")
+        assert view.convert_id_to_token(2) == ""
+        assert view.sp_model.EncodeAsIds("hello") == tokenizer.encode_text("hello")
+        assert view.sp_model is view.sp_model
+
+
+def test_saving_over_its_own_folder_leaves_nothing_beside(small_file: Path, tmp_path: Path) -> None:
+    ChatGLMTokenizer(small_file, generation=3).save_pretrained(tmp_path)
+    ChatGLMTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    (tmp_path / "full" / "tokenizer.model").mkdir(parents=True)
+    with pytest.raises(OutputError, match="cannot write"):
+        ChatGLMTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["tokenizer.model"]
 
 
 def test_wrong_files_are_refused(small_file: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 from glmkit.train.arguments import DataBlock, ModelBlock, Recipe, load_recipe, recipe_names
 from glmkit.train.checkpoints import checkpoints, lock_folder, newest_checkpoint, publish, save_checkpoint
 from glmkit.train.loop import TrainingResult, learning_rate, mean_loss, train
-from glmkit.train.run import finetune
+from glmkit.train.run import finetune, load_model
 from tiny import sizes, train_tokenizer
 
 SIZES = {
@@ -262,6 +262,27 @@ def test_an_unknown_lora_target_is_answered_with_the_layers(tmp_path: Path) -> N
         run(make_recipe(tmp_path, {"name": "lora", "target_modules": ["q_proj"]}))
 
 
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_a_quantised_checkpoint_is_not_trained(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("peft")
+    model = tiny_model()
+    model.config.quantization_bit = 4
+    with pytest.raises(UsageError, match="quantised to 4 bits"):
+        train(model, PadOnly(), make_recipe(tmp_path, {"name": name}), make_examples(8), progress=False)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_lora_says_nothing_about_names_that_peft_uses(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    run(make_recipe(tmp_path, {"name": "lora"}, max_steps=1))
+
+
+def test_an_unknown_size_of_a_new_model_is_named(tmp_path: Path) -> None:
+    block = ModelBlock(init={**SIZES, "hiden_size": 32}, tokenizer=str(tmp_path))
+    with pytest.raises(UsageError, match=r"no key 'hiden_size'[^\n]*\nhint: did you mean 'hidden_size'"):
+        load_model(block, seed=0)
+
+
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_weights(tmp_path: Path) -> None:
     class Broken(ChatGLM2ForCausalLM):
         calls = 0
@@ -290,9 +311,12 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_weights(tmp_path: Path)
 
 def test_learning_rates_by_hand() -> None:
     block = make_recipe(Path("x"), learning_rate=1.0, warmup_ratio=0.2).train
-    assert [learning_rate(step, 10, block) for step in (1, 2, 3, 10)] == pytest.approx([0.5, 1.0, 1.0, 1 / 8])
+    assert [learning_rate(step, 10, block) for step in (1, 2, 3, 10)] == pytest.approx([0.5, 1.0, 7 / 8, 0.0])
     cosine = block.model_copy(update={"lr_scheduler_type": "cosine", "lr_min_ratio": 0.1})
-    assert learning_rate(7, 10, cosine) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert [learning_rate(step, 10, cosine) for step in (2, 6, 10)] == pytest.approx([1.0, 0.1 + 0.9 * 0.5, 0.1])
+    linear = block.model_copy(update={"lr_min_ratio": 0.25, "warmup_ratio": 0.0})
+    assert [learning_rate(step, 4, linear) for step in (1, 2, 3, 4)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert learning_rate(1, 1, linear) == 1.0  # a run of one step learns
     constant = block.model_copy(update={"lr_scheduler_type": "constant", "warmup_ratio": 0.0})
     assert learning_rate(10, 10, constant) == 1.0
 
@@ -471,6 +495,18 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return result.result_dir
 
 
+def test_validation_measures_what_is_learnt(tmp_path: Path, learnt: Path) -> None:
+    data = learnt.parent.parent / "data.jsonl"
+    losses = []
+    for loss_on in ("answers", "all"):
+        blocks = {"train_file": str(data), "eval_file": str(data), "loss_on": loss_on}
+        recipe = make_recipe(tmp_path / loss_on, max_steps=1, learning_rate=1e-9).model_copy(
+            update={"model": ModelBlock(path=str(learnt)), "data": DataBlock(**blocks)}
+        )
+        losses.append(finetune(recipe, progress=False).eval_loss)
+    assert losses[0] < 0.1 < losses[1]
+
+
 def test_a_new_model_is_trained_from_sizes(learnt: Path) -> None:
     loaded = load(learnt)
     for word in WORDS:
@@ -517,8 +553,21 @@ def test_from_a_recipe_to_a_better_model_and_its_scores(tmp_path: Path, learnt: 
     assert file.read_text().splitlines() == lines
     assert again["predict_bleu-4"] == after["predict_bleu-4"]
     assert seen == list(range(9, 17))
+    for other, found in (
+        ((tuned.model, tuned.tokenizer, records[1:]), "records"),
+        ((bare.model, bare.tokenizer, records), "weights"),
+    ):
+        with pytest.raises(DataError, match=f"made differently.*\n  - {found}: "):
+            evaluate_adgen(*other, output_dir=tmp_path / "after", **options)
+    longer = options | {"max_new_tokens": 25, "identity": {"adapter": "a"}}
+    with pytest.raises(DataError, match=r"adapter: None then, 'a' now\n.*max_new_tokens: 24 then, 25 now"):
+        evaluate_adgen(tuned.model, tuned.tokenizer, records, output_dir=tmp_path / "after", **longer)
+    file.write_text(lines[1] + "\n" + lines[0] + "\n" + "\n".join(lines[2:]) + "\n")
     with pytest.raises(DataError, match=r"generated_predictions\.txt:1 holds no prediction for record 1"):
-        evaluate_adgen(tuned.model, tuned.tokenizer, records[1:], output_dir=tmp_path / "after", **options)
+        evaluate_adgen(tuned.model, tuned.tokenizer, records, output_dir=tmp_path / "after", **options)
+    (tmp_path / "after" / "evaluation.json").unlink()
+    with pytest.raises(DataError, match=r"no evaluation\.json"):
+        evaluate_adgen(tuned.model, tuned.tokenizer, records, output_dir=tmp_path / "after", **options)
 
 
 def test_wrong_recipes_fail_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ Source: modeling_chatglm.py of the official checkpoints (behaviour, not code).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,14 @@ _STREAM_CHAT = {
     **_SAMPLING,
     "return_past_key_values": False,
 }
+# Settings of a generation configuration that change what generate gives and that a stream does not have.
+_NOT_STREAMED = (
+    *("min_length", "min_new_tokens", "max_time", "stop_strings", "no_repeat_ngram_size", "sequence_bias"),
+    *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "dola_layers", "diversity_penalty", "num_beam_groups"),
+    *("constraints", "force_words_ids", "watermarking_config", "token_healing", "encoder_no_repeat_ngram_size"),
+)
+_NOT_STREAMED_UNLESS_1 = ("typical_p", "encoder_repetition_penalty", "guidance_scale", "num_return_sequences")
 _HIDDEN_TOP_K = 50  # the default of generate, which the official chat never turns off
 
 
@@ -102,7 +111,7 @@ def chat(
     outputs = self.generate(**inputs, **options)
     ids = _until_stop(outputs.tolist()[0][inputs["input_ids"].shape[1] :], stops)
     if tokenizer.generation == 2:
-        response = process_response(self, _decode(tokenizer, ids))
+        response = process_response(self, decode_reply(tokenizer, ids))
         return response, [*history, (query, response)]
     history.append({"role": role, "content": query})
     return _process_parts(_parts(tokenizer, ids), history)
@@ -159,6 +168,19 @@ def stream_chat(
         found = _response(tokenizer, query, ids, history, role, partial=False)
         if found is not None:
             yield (*found, past) if returns_past else found
+
+
+def _show_signature(function: Any, defaults: Mapping[str, Any]) -> None:
+    """Lets `inspect` show ChatGLM3's arguments, while calls may also use ChatGLM2's order of them."""
+    one = inspect.Parameter
+    plain = [one(name, one.POSITIONAL_OR_KEYWORD) for name in ("self", "tokenizer", "query")]
+    named = {"history": None, **defaults, "max_length": 8192}
+    plain += [one(name, one.POSITIONAL_OR_KEYWORD, default=value) for name, value in named.items()]
+    function.__signature__ = inspect.Signature([*plain, one("kwargs", one.VAR_KEYWORD)])
+
+
+_show_signature(chat, _CHAT)
+_show_signature(stream_chat, _STREAM_CHAT)
 
 
 def process_response(self: Any, output: str, history: Sequence[Any] | None = None) -> Any:
@@ -250,7 +272,8 @@ def stream_generate(
         (1, T + n) ids, the stop id among them, or a pair of them and the cache.
 
     Raises:
-        UsageError: More than one row, beams, no room for an answer, or an argument that does not exist.
+        UsageError: More than one row, beams, no room for an answer, or an argument that does not exist or has no
+            effect on a stream.
     """
     past, mask = kwargs.pop("past_key_values", None), kwargs.pop("attention_mask", None)
     kwargs.pop("position_ids", None)  # the model counts on from the cache itself
@@ -258,6 +281,7 @@ def stream_generate(
     unknown = config.update(**kwargs)
     if unknown:
         raise UsageError(f"stream_generate has no argument {', '.join(unknown)}")
+    _refuse_not_streamed(config)
     if input_ids.shape[0] != 1 or (config.num_beams or 1) != 1:
         raise UsageError(
             f"{input_ids.shape[0]} rows and {config.num_beams or 1} beams: a stream is one row without beams",
@@ -304,6 +328,22 @@ class _Processed:
         return output
 
 
+def _refuse_not_streamed(config: Any) -> None:
+    """Refuses settings that would be ignored silently."""
+    found = [name for name in _NOT_STREAMED if getattr(config, name, None)]
+    found += [name for name in _NOT_STREAMED_UNLESS_1 if getattr(config, name, None) not in (None, 0, 1)]
+    if found:
+        given = ", ".join(f"{name}={getattr(config, name)!r}" for name in found)
+        raise UsageError(f"stream_generate does not do {given}", hint="use generate, or leave it out")
+
+
+def _banned(config: Any) -> tuple[tuple[int, ...], ...]:
+    """Words and tokens that must not be written; as in generate, a stop id is not banned as a word."""
+    stops = [[stop] for stop in _as_list(config.eos_token_id)]
+    words = [list(word) for word in config.bad_words_ids or [] if list(word) not in stops]
+    return tuple(map(tuple, words + [[token] for token in _as_list(config.suppress_tokens)]))
+
+
 def _sampling(config: Any) -> SamplingOptions:
     """The engine's options for a generation configuration, with generate's own defaults."""
 
@@ -311,15 +351,16 @@ def _sampling(config: Any) -> SamplingOptions:
         value = getattr(config, name, None)
         return default if value is None else value
 
-    penalty = float(given("repetition_penalty", 1.0))
+    penalty, banned = float(given("repetition_penalty", 1.0)), _banned(config)
     if not given("do_sample", False):
-        return SamplingOptions(temperature=0.0, repetition_penalty=penalty)
+        return SamplingOptions(temperature=0.0, repetition_penalty=penalty, banned_ids=banned)
     return SamplingOptions(
         temperature=float(given("temperature", 1.0)),
         top_k=int(given("top_k", _HIDDEN_TOP_K)),
         top_p=float(given("top_p", 1.0)),
         min_p=float(given("min_p", 0.0)),
         repetition_penalty=penalty,
+        banned_ids=banned,
     )
 
 
@@ -429,7 +470,16 @@ def _as_list(value: Any) -> list[int]:
     return [int(one) for one in value] if isinstance(value, (list, tuple, Tensor)) else [int(value)]
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def decode_reply(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Turns generated ids into text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        ids: What the model wrote; ids that its vocabulary is padded with decode to nothing.
+
+    Returns:
+        The text.
+    """
     return tokenizer.decode([token for token in ids if token < tokenizer.vocab_size])
 
 
@@ -442,7 +492,7 @@ def _response(
     tokenizer: Any, query: str, ids: list[int], history: list[Any], role: str, *, partial: bool
 ) -> tuple[Any, list[Any]] | None:
     """Answer and history for the ids so far, or None when there is nothing to show."""
-    text = _decode(tokenizer, ids)
+    text = decode_reply(tokenizer, ids)
     if not text or text.endswith("\ufffd"):
         return None
     if tokenizer.generation == 2:

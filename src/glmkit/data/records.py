@@ -79,8 +79,8 @@ def read_records(
         shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         raise DataError(
             f"{len(problems)} of {len(problems) + len(records)} rows of {path} cannot be used:\n{shown}",
-            hint=f"a row needs the fields {prompt_column!r} and {response_column!r} (name others with "
-            "data.prompt_column= and data.response_column=), or 'conversations'",
+            hint=f"a row needs the fields {prompt_column!r} and {response_column!r}, or 'conversations'; "
+            "only a training recipe can name other fields, with data.prompt_column= and data.response_column=",
         )
     if not records:
         raise DataError(f"{path} has no records")

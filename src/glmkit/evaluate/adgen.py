@@ -6,23 +6,30 @@ Source: the metric recipe of ptuning/main.py of ChatGLM-6B and ChatGLM2-6B. What
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from glmkit.chat.official import decode_reply
 from glmkit.chat.templates import prompt_ids
 from glmkit.data.records import Record
 from glmkit.engine.decode import generate_batch
 from glmkit.engine.sampling import SamplingOptions, row_seed
 from glmkit.errors import DataError, MissingDependencyError, UsageError
 from glmkit.evaluate.rouge import bleu_4, rouge_l, rouge_n, words_of
+from glmkit.writing import write_text_atomic
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
 _PREDICTIONS_FILE = "generated_predictions.txt"
+_IDENTITY_FILE = "evaluation.json"
+_HASHED_NUMBERS = 64  # of each tensor; a model that was trained or merged differs in the first ones too
 _BATCHES_PER_CHUNK = 8
 
 
@@ -80,11 +87,12 @@ def evaluate_adgen(
     output_dir: str | Path,
     progress: Callable[[int, int], None] | None = None,
     limit: int | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Generate an answer for every record, score them, and write both as the official scripts do.
 
     Predictions are written as they come, so a run that was cut continues where it stopped when called again with the
-    same records and output folder.
+    same model, records, options and output folder.
 
     Args:
         model: The model, in eval mode.
@@ -94,21 +102,30 @@ def evaluate_adgen(
         max_new_tokens: Longest answer in tokens.
         batch_size: Answers generated together.
         output_dir: Folder for generated_predictions.txt (a line of JSON with labels and predict for each record) and
-            predict_results.json.
+            predict_results.json; evaluation.json beside them says what they belong to.
         progress: Called with the number of records done and of all records.
         limit: Use only the first records.
+        identity: What else a continued run must have in common with the first, as plain values, for instance the names
+            of model and adapter. Weights, config, records and options are compared in any case.
 
     Returns:
         What predict_results.json holds: predict_rouge-1, predict_rouge-2, predict_rouge-l, predict_bleu-4,
         predict_samples, predict_empty, predict_runtime (seconds, of this call), predict_samples_per_second.
 
     Raises:
-        DataError: If the folder holds predictions for other records.
+        DataError: If the folder holds predictions of another model, or for other records or options.
     """
     records = records[:limit]
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     file = output_dir / _PREDICTIONS_FILE
+    own = {
+        "weights": _weights_hash(model),
+        "records": _records_hash(records),
+        "options": asdict(options),
+        "max_new_tokens": max_new_tokens,
+    }
+    _check_identity(output_dir, {**(identity or {}), **own})
     predictions = _earlier_predictions(file, records, batch_size * _BATCHES_PER_CHUNK)
     already = len(predictions)
     started = time.monotonic()
@@ -152,9 +169,54 @@ def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
         ids: What the model wrote, without the stop id.
 
     Returns:
-        The text without the line that generation 3 puts in front of every answer, and without blanks around it.
+        The text without the line that generation 3 puts in front of every answer, and without blanks around it. Ids
+        that the model's vocabulary is padded with decode to nothing.
     """
-    return str(tokenizer.decode(list(ids))).strip()
+    return decode_reply(tokenizer, ids).strip()
+
+
+def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Note what the predictions in a folder belong to, or compare it with what was noted."""
+    file = folder / _IDENTITY_FILE
+    now = json.loads(json.dumps(identity, default=str))
+    if not (folder / _PREDICTIONS_FILE).exists():
+        write_text_atomic(file, json.dumps(now, ensure_ascii=False, indent=1) + "\n")
+        return
+    try:
+        before = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise DataError(
+            f"{folder} holds predictions, and no {_IDENTITY_FILE} that says of which model",
+            hint="choose another output folder",
+        ) from None
+    differences = [
+        f"  - {key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in dict.fromkeys([*now, *before])
+        if before.get(key) != now.get(key)
+    ]
+    if differences:
+        raise DataError(
+            f"the predictions in {folder} were made differently ({_IDENTITY_FILE}):\n" + "\n".join(differences),
+            hint="choose another output folder",
+        )
+
+
+def _records_hash(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps([asdict(message) for message in record.messages]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _weights_hash(model: Any) -> str:
+    """Stands for config and weights: names, sizes, dtypes and the first numbers of all tensors, so no long reading."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        first = tensor.detach().reshape(-1)[:_HASHED_NUMBERS].cpu()
+        digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(model.config.to_json_string().encode())
+    return digest.hexdigest()[:16]
 
 
 def _earlier_predictions(file: Path, records: Sequence[Record], chunk: int) -> list[str]:

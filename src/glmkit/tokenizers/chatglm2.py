@@ -17,25 +17,28 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, processors
 
-from glmkit.errors import TokenizerError, UsageError
+from glmkit.errors import OutputError, TokenizerError, UsageError
 from glmkit.hf import BatchEncoding, TokenizersBackend
 from glmkit.tokenizers.batches import ones_like, pad_like, positions, refuse_surrogates, tensor_type, to_lists
 from glmkit.tokenizers.folder import (
     CONFIG_FILE,
     HUB_ARGUMENTS,
     MODEL_FILE,
+    check_link,
     decide_generation,
     fetch_model_file,
     read_config,
 )
 from glmkit.tokenizers.sentencepiece_bpe import PieceDecoder, build_tokenizer, read_pieces
 from glmkit.tokenizers.view import SentencePieceView
+from glmkit.writing import write_text_atomic
 
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLES = ("system", "user", "assistant", "observation")
@@ -97,7 +100,7 @@ class ChatGLMTokenizer(TokenizersBackend):
         self._plain = plain  # keeps no state between calls, while the base class's copy remembers truncation
         # Generation 2 decodes control ids to nothing, generation 3 to their names.
         self._decoder = PieceDecoder(pieces, control if self.generation == 3 else [""] * len(control))
-        self.tokenizer = SentencePieceView(self, len(pieces), control)
+        self.tokenizer = SentencePieceView(self, len(pieces), control, pieces.data)
         self.special_tokens = {"<bos>": 1, "<eos>": 2, "<pad>": 0, "<unk>": 0}
         self.encode_special_tokens = encode_special_tokens
         if encode_special_tokens and self.generation == 3:
@@ -131,6 +134,8 @@ class ChatGLMTokenizer(TokenizersBackend):
             vocab_file = Path(name)
         else:
             vocab_file = fetch_model_file(name, hub)
+        if not os.path.isfile(name):  # a file that the caller names may lie anywhere
+            check_link(vocab_file)
         saved = read_config(vocab_file.parent / CONFIG_FILE)
         kept = ("padding_side", "encode_special_tokens", "model_max_length")
         arguments = {key: saved[key] for key in kept if key in saved} | kwargs
@@ -179,8 +184,9 @@ class ChatGLMTokenizer(TokenizersBackend):
             "remove_space": False,
         }
         config_path = folder / (prefix + CONFIG_FILE)
-        config_path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return (str(config_path), *self.save_vocabulary(os.fspath(folder), filename_prefix))
+        written = self.save_vocabulary(os.fspath(folder), filename_prefix)
+        write_text_atomic(config_path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        return (str(config_path), *written)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Writes the SentencePiece file as it was read.
@@ -191,9 +197,19 @@ class ChatGLMTokenizer(TokenizersBackend):
 
         Returns:
             The path.
+
+        Raises:
+            OutputError: The file cannot be written.
         """
         path = Path(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + MODEL_FILE)
-        path.write_bytes(self._pieces.data)
+        # Beside its place and then moved there: the folder may be the one that this tokenizer was read from.
+        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            temporary.write_bytes(self._pieces.data)
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
         return (str(path),)
 
     # --- vocabulary ---

@@ -7,12 +7,14 @@ the generation is decided from several signs, and never when they disagree.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from glmkit.errors import TokenizerError
+from glmkit.checkpoint import MAX_CONFIG_BYTES, open_folder
+from glmkit.errors import CheckpointError, TokenizerError
 from glmkit.hf import cached_file
 
 MODEL_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer_config.json"
@@ -65,9 +67,27 @@ def decide_generation(folder: Path, generation: int | None = None) -> int:
     raise TokenizerError(f"{folder} may be ChatGLM2 or ChatGLM3: {problem} ({listed})", hint=_CURE)
 
 
-def _read(path: Path) -> str:
+def model_type(folder: Path) -> object:
+    """Reads what kind of model a folder says it holds.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        `model_type` of its config.json, None if there is none.
+
+    Raises:
+        TokenizerError: config.json is larger than any real one, so that it would not be looked at.
+    """
+    path = folder / "config.json"
+    if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
+        raise TokenizerError(f"{path} has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} expected")
+    return _object(_read(path, MAX_CONFIG_BYTES)).get("model_type")
+
+
+def _read(path: Path, limit_bytes: int = MAX_SIGN_BYTES) -> str:
     """The text of a small file, or nothing."""
-    if not path.is_file() or path.stat().st_size > MAX_SIGN_BYTES:
+    if not path.is_file() or path.stat().st_size > limit_bytes:
         return ""
     return path.read_text(encoding="utf-8", errors="replace")
 
@@ -75,7 +95,7 @@ def _read(path: Path) -> str:
 def _object(text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -120,23 +140,45 @@ def fetch_model_file(name: str, hub: Mapping[str, Any]) -> Path:
         ) from error
 
 
+def check_link(path: Path) -> None:
+    """Refuses a link out of the folder; the links of the hub's cache are none.
+
+    Args:
+        path: The file, which may be absent.
+
+    Raises:
+        TokenizerError: It is such a link, or no regular file.
+    """
+    if not os.path.lexists(path):
+        return
+    with open_folder(path.parent, weights=(), config=None) as folder:
+        if not folder.has(path.name):
+            raise TokenizerError(
+                f"{path} is a link out of its folder, or no regular file", hint="put the file itself into the folder"
+            )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a tokenizer_config.json.
 
     Args:
-        path: The file, which may be absent.
+        path: The file, which may be absent; no link out of its folder.
 
     Returns:
         Its content, or nothing.
 
     Raises:
-        TokenizerError: The file is no JSON object.
+        TokenizerError: The file is no JSON object, larger than 1 MB, or a link out of the folder.
     """
-    if not path.is_file():
-        return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        with open_folder(path.parent, weights=(), config=None) as folder:
+            text = folder.read_text(path.name, MAX_SIGN_BYTES)
+        if text is None:
+            return {}
+        config = json.loads(text)
+    except CheckpointError as error:
+        raise TokenizerError(error.message, hint=error.hint) from error
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is no JSON: {error}", hint="copy it again") from error
     if not isinstance(config, dict):
         raise TokenizerError(f"{path} is a JSON {type(config).__name__}, expected an object", hint="copy it again")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 
 class _Owner(Protocol):
@@ -21,10 +22,12 @@ class SentencePieceView:
         owner: The tokenizer this is a view of.
         file_ids: How many ids the SentencePiece file has.
         control: Names of the control ids.
+        data: Content of the SentencePiece file.
     """
 
-    def __init__(self, owner: _Owner, file_ids: int, control: Sequence[str]) -> None:
+    def __init__(self, owner: _Owner, file_ids: int, control: Sequence[str], data: bytes) -> None:
         self._owner = owner
+        self._data = data
         self.special_tokens = {name: file_ids + offset for offset, name in enumerate(control)}
         self.index_special_tokens = {index: name for name, index in self.special_tokens.items()}
         self.n_words = file_ids + len(control)
@@ -64,3 +67,44 @@ class SentencePieceView:
             The text.
         """
         return self._owner.decode_ids(t)
+
+    @cached_property
+    def sp_model(self) -> Any:
+        """The SentencePieceProcessor itself, made when it is first asked for; nothing here needs it."""
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_proto=self._data)
+
+    def decode_tokens(self, tokens: list[str]) -> str:
+        """Joins pieces to text.
+
+        Args:
+            tokens: Pieces, such as `tokenize` gives.
+
+        Returns:
+            The text.
+        """
+        return self.sp_model.DecodePieces(tokens)
+
+    def convert_token_to_id(self, token: str) -> int:
+        """Gives the id of a piece or control token.
+
+        Args:
+            token: The piece, or the name of a control token.
+
+        Returns:
+            Its id; 0 if there is none.
+        """
+        known = self.special_tokens.get(token)
+        return self.sp_model.PieceToId(token) if known is None else known
+
+    def convert_id_to_token(self, index: int) -> str:
+        """Gives the piece of an id.
+
+        Args:
+            index: A token id.
+
+        Returns:
+            The piece; ids 0 to 2 are empty, control ids are in generation 2.
+        """
+        return self._owner.piece(index)

@@ -129,14 +129,16 @@ def learning_rate(step: int, total_steps: int, block: TrainBlock) -> float:
         block: Highest rate, kind of schedule and warm-up.
 
     Returns:
-        The rate: rising linearly to the highest over the warm-up, then falling to `lr_min_ratio` of it.
+        The rate: rising linearly to the highest over the warm-up (without one the first step has the highest), then
+        falling to `lr_min_ratio` of it at the last step.
     """
     warmup_steps = math.ceil(block.warmup_ratio * total_steps)
     if step <= warmup_steps:
         return block.learning_rate * step / warmup_steps
     if block.lr_scheduler_type == "constant":
         return block.learning_rate
-    done = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    highest = max(1, warmup_steps)  # the step with the highest rate
+    done = (step - highest) / max(1, total_steps - highest)
     fall = 1 - done if block.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
     return block.learning_rate * (block.lr_min_ratio + (1 - block.lr_min_ratio) * fall)
 

@@ -5,6 +5,8 @@ A method knows nothing of the loop, and the loop nothing of the method beyond th
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +51,11 @@ class FullMethod:
 
         Returns:
             The same model.
+
+        Raises:
+            UsageError: If the model is quantised.
         """
+        _refuse_quantised(model)
         model.float()
         model.requires_grad_(True)
         return model
@@ -105,8 +111,9 @@ class LoraMethod:
 
         Raises:
             MissingDependencyError: If peft is not installed.
-            UsageError: If no layer has one of the names.
+            UsageError: If no layer has one of the names, or the model is quantised.
         """
+        _refuse_quantised(model)
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
@@ -125,7 +132,8 @@ class LoraMethod:
             target_modules=list(self.block.target_modules),
             task_type="CAUSAL_LM",
         )
-        wrapped = get_peft_model(model, config)
+        with _without_future_warnings():
+            wrapped = get_peft_model(model, config)
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -140,7 +148,8 @@ class LoraMethod:
             folder: An existing folder.
         """
         # Nothing but adapters was trained, and "auto" would ask the hub whether the vocabulary has grown.
-        model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+        with _without_future_warnings():
+            model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Copy the matrices of a folder written by `save` into the model.
@@ -177,6 +186,23 @@ def make_method(block: MethodBlock) -> Method:
         The method, not yet prepared.
     """
     return LoraMethod(block) if block.name == "lora" else FullMethod()
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    bits = getattr(getattr(model, "config", None), "quantization_bit", 0)
+    if bits:
+        raise UsageError(
+            f"this checkpoint is quantised to {bits} bits; training needs its weights in full",
+            hint="load the unquantised checkpoint, for instance chatglm2-6b and not chatglm2-6b-int4",
+        )
+
+
+@contextlib.contextmanager
+def _without_future_warnings() -> Iterator[None]:
+    """Keeps back what transformers tells PEFT's authors about names that PEFT uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

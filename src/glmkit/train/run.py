@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def finetune(
         examples, cuts = make_examples(tokenizer, records, limits, loss_on=block.loss_on, progress=bar.update)
     eval_examples: list[Example] = []
     if eval_records:
-        eval_examples, _ = make_examples(tokenizer, eval_records, limits)
+        eval_examples, _ = make_examples(tokenizer, eval_records, limits, loss_on=block.loss_on)
     if progress:
         print(f"training data: {cuts}", file=sys.stderr)
     result = train(model, tokenizer, recipe, examples, eval_examples, resume, on_step, progress)
@@ -82,6 +83,9 @@ def load_model(block: ModelBlock, *, seed: int) -> tuple[Any, Any]:
 
     Returns:
         Model and tokenizer; the model lies on the device to train on.
+
+    Raises:
+        UsageError: If `init` has a name that the config does not have.
     """
     from glmkit.loading import choose_device, load
 
@@ -93,7 +97,18 @@ def load_model(block: ModelBlock, *, seed: int) -> tuple[Any, Any]:
     from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 
     assert block.tokenizer is not None
+    _refuse_unknown(block.init, {*ChatGLM2Config.__dataclass_fields__, *ChatGLM2Config.attribute_map})
     tokenizer = ChatGLMTokenizer.from_pretrained(block.tokenizer)
     torch.manual_seed(seed)
     model = ChatGLM2ForCausalLM(ChatGLM2Config(**block.init))
     return model.to(choose_device(block.device)), tokenizer
+
+
+def _refuse_unknown(names: Collection[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise UsageError(
+                f"model.init has no key {name!r}; expected the names of a ChatGLM2/3 config.json",
+                hint=f"did you mean {close[0]!r}?" if close else None,
+            )
