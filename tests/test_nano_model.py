@@ -54,7 +54,12 @@ def test_greedy_answers_to_held_out_prompts(nano: Loaded, corpus: Any, kind: str
     rng = random.Random(f"test {kind}")
     records = [corpus.make_record(kind, rng, heldout=True)["conversations"] for _ in range(48)]
     found = answers(nano, [record[:-1] for record in records])
-    right = sum(text.strip() == record[-1]["content"] for text, record in zip(found, records))
+    from world import talk
+
+    right = sum(
+        text.strip() in {record[-1]["content"]} | talk.accepted(record[-2]["content"])
+        for text, record in zip(found, records)
+    )
     assert right / len(records) >= least
 
 

@@ -31,7 +31,7 @@ _ZH: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "limits": (
         ("你什么都知道吗？", "你有多大？", "你很聪明吗？", "你有多少参数？", "你会写小说吗？", "你知道所有的事情吗？", "你的知识多吗？", "你会出错吗？",
          "你什么都懂吗？", "你是不是什么都会？"),
-        ("不是的，我只有大约七百万个参数，只了解自己的小世界。", "我是一个很小的模型，会的不多，也可能出错。"),
+        ("不是的，我只有大约五百万个参数，只了解自己的小世界。", "我是一个很小的模型，会的不多，也可能出错。"),
     ),
     "thanks": (
         ("谢谢", "谢谢你", "谢谢！", "非常感谢", "多谢", "太感谢了", "谢谢你的帮助", "谢啦", "感谢你", "真是帮大忙了，谢谢", "十分感谢！", "谢谢您"),
@@ -79,7 +79,7 @@ _EN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "limits": (
         ("Do you know everything?", "How big are you?", "Are you smart?", "How many parameters do you have?",
          "Do you make mistakes?", "Are you a large model?", "Do you know all things?", "Can you do everything?"),
-        ("No, I am small: about seven million parameters, and I know only my little world.",
+        ("No, I am small: about five million parameters, and I know only my little world.",
          "I am a very small model. I know little and I may be wrong."),
     ),
     "thanks": (
@@ -143,3 +143,16 @@ def sample_talk(rng: random.Random, heldout: bool) -> list[Turn]:
             plan[-1] = rng.choice(("thanks", "farewell"))
     last = len(plan) - 1
     return [sample_turn(rng, intent, chinese, heldout and place == last) for place, intent in enumerate(plan)]
+
+
+def accepted(question: str) -> set[str]:
+    """Give all answers that fit a question.
+
+    Args:
+        question: A question of any intent, known to training or not.
+
+    Returns:
+        The answers of its intent in its language; empty for a question that is not small talk.
+    """
+    tables = (*_ZH.values(), *_EN.values())
+    return {answer for questions, answers in tables if question in questions for answer in answers}
