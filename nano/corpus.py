@@ -84,8 +84,7 @@ def _arithmetic(rng: random.Random, heldout: bool) -> list[Record]:
     count = 1 if heldout else rng.choice((1, 1, 2, 3))
     turns = []
     for _ in range(count):
-        exercise = arithmetic.sample_sum(rng, heldout)
-        turns.append(arithmetic.ask(exercise, rng, new_phrasing=heldout and rng.random() < 0.25))
+        turns.append(arithmetic.ask(arithmetic.sample_sum(rng), rng, new_phrasing=heldout))
     return _conversation(turns)
 
 

@@ -107,7 +107,7 @@ def _weather(rng: random.Random, chinese: bool) -> Episode:
 
 def _calculator(rng: random.Random, chinese: bool) -> Episode:
     if rng.random() < 0.5:
-        exercise = sample_sum(rng, heldout=False)
+        exercise = sample_sum(rng)
         left, sign, right = exercise.left, exercise.sign, exercise.right
     else:
         left, sign, right = rng.randint(101, 999), rng.choice("+-*"), rng.randint(10, 999)

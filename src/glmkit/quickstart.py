@@ -20,7 +20,7 @@ from glmkit.train.run import finetune
 _MODEL = "glm-nano"
 _QUESTIONS = (
     "你好，你是谁？",
-    "12加30等于多少？",
+    "7加8等于多少？",
     "What is the capital of France?",
     "类型#裙*颜色#蓝色*风格#清新*材质#雪纺*裙长#长裙",
 )
