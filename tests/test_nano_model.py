@@ -48,7 +48,7 @@ def answers(nano: Loaded, conversations: list[list[dict[str, Any]]]) -> list[str
     return [nano.tokenizer.decode(row) for row in ids]
 
 
-@pytest.mark.parametrize(("kind", "least"), [("arithmetic", 0.5), ("fact", 0.5), ("greeting", 0.5)])
+@pytest.mark.parametrize(("kind", "least"), [("arithmetic", 0.3), ("fact", 0.6), ("greeting", 0.5)])
 def test_greedy_answers_to_held_out_prompts(nano: Loaded, corpus: Any, kind: str, least: float) -> None:
     """The floors lie well under the figures of nano/REPORT.md, which stand for 400 prompts of each kind."""
     rng = random.Random(f"test {kind}")
