@@ -280,6 +280,7 @@ def evaluate(
             batch_size=batch_size,
             output_dir=folder,
             progress=lambda done, _: bar.update(done),
+            identity={"model": str(loaded.path), "adapter": adapter, "dtype": dtype, "quantize": quantize},
         )
     if json_:
         described = {"schema": 1, "task": task, "model": model, "adapter": adapter, "output": str(folder)}
