@@ -6,6 +6,7 @@ What is needed to start lies here and imports next to nothing; the verbs are in 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -35,7 +36,9 @@ _NO_MEMORY_HINT = (
 
 def main() -> None:
     """Runs the command with the arguments of the process and leaves with its exit code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C while the process ends must not change its code
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
