@@ -21,7 +21,6 @@ import json, sys, time
 sys.path.insert(0, {bench!r})
 from loading import PeakMemory
 import torch, glmkit
-from glmkit.chat import templates
 from glmkit.checkpoint import open_folder
 from glmkit.loading import load_model, read_config
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM

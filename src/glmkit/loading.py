@@ -19,7 +19,7 @@ from torch import nn
 
 from glmkit import adapters, hf
 from glmkit.checkpoint import Folder, check_tensors, open_folder
-from glmkit.errors import CheckpointError, ConfigError, TokenizerError, UsageError
+from glmkit.errors import CheckpointError, TokenizerError, UsageError
 from glmkit.families import Family, find_family
 from glmkit.location import locate
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM, ChatGLM2PreTrainedModel
@@ -201,7 +201,6 @@ def load_model(
     with torch.device("meta"):
         model = cls(config)
         if stored_bits:
-            config.quantization_bit = 0
             quantize_model(model, stored_bits)
     check_model(folder, model, also_in=prefix)
     if prefix is not None:
@@ -229,11 +228,11 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
         CheckpointError: Naming every tensor in question.
     """
     state = model.state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if also_in is not None:
-        expected = {name: shape for name, shape in expected.items() if name not in also_in.tensors}
+    elsewhere = also_in.tensors if also_in is not None else {}
     expected = {
-        name: s for name, s in expected.items() if name in folder.tensors or not name.startswith(new or ("\0",))
+        name: tuple(tensor.shape)
+        for name, tensor in state.items()
+        if name not in elsewhere and (name in folder.tensors or not name.startswith(new))
     }
     if folder.has("adapter_config.json"):
         raise CheckpointError(
@@ -443,14 +442,12 @@ def from_pretrained(
         if config.rope_ratio_applies_to is None:
             config.rope_ratio_applies_to = _rope_sign(folder)
         config.check()
-        with torch.device("meta"):
-            probe = cls(config)
-            if config.quantization_bit:
-                quantize_model(probe, config.quantization_bit)
-        check_model(folder, probe, new=("transformer.prefix_encoder.", "classifier_head."))
         if config.quantization_bit:
             model = _load_quantised(folder, cls, config, kwargs)
         else:
+            with torch.device("meta"):
+                probe = cls(config)
+            check_model(folder, probe, new=("transformer.prefix_encoder.", "classifier_head."))
             model = hf.PreTrainedModel.from_pretrained.__func__(cls, str(location), *args, config=config, **kwargs)
             if config.pre_seq_len:  # transformers' loader makes every parameter trainable
                 model.transformer.freeze_all_but_prefix()
@@ -476,7 +473,6 @@ def _load_quantised(
 
 
 __all__ = [
-    "ConfigError",
     "Loaded",
     "choose_device",
     "choose_dtype",
