@@ -1,0 +1,162 @@
+"""What all configs have in common: a config.json is checked field by field, and nothing in it is ignored.
+
+A field that changes the result and has a value that is not computed is refused by its name; a field without numerical
+role may have any value; a field nobody knows is refused too, because ignoring it could change every answer silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from glmkit import hf
+from glmkit.errors import ConfigError
+
+# Fields of transformers and of tools around it that change nothing in the network.
+_INERT = set(
+    """_attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
+    auto_map bos_token_id chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id dtype eos_token_id
+    finetuning_task id2label interleaved_qkv is_decoder is_encoder_decoder label2id model_type name_or_path num_labels
+    output_attentions output_hidden_states pad_token_id prefix problem_type pruned_heads
+    return_dict sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype
+    torchscript transformers_version use_bfloat16 use_cache""".split()
+)
+
+
+class CheckedConfig(hf.PreTrainedConfig):
+    """Base of the configs. A family's class lists its fields and, in the class variables, what is refused.
+
+    Class variables:
+        sizes: Field -> the largest number that is believed. A file that says more is damaged or hostile, and would
+            exhaust the memory; less than 1 is refused too.
+        only_value: Field -> the released value, where a field has a numerical role but one implemented value.
+        if_absent: Field -> what the official class assumes when config.json leaves it out, if that is not the default
+            here.
+        dropped_if_none: Fields that are not written when they are None.
+        cures: Field -> what to do when it is refused.
+    """
+
+    sizes: ClassVar[dict[str, int]] = {}
+    only_value: ClassVar[dict[str, Any]] = {}
+    if_absent: ClassVar[dict[str, Any]] = {}
+    dropped_if_none: ClassVar[tuple[str, ...]] = ()
+    cures: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads the content of a config.json; see the class for what is refused.
+
+        Raises:
+            ConfigError: Naming every field in question at once.
+        """
+        values = dict(config_dict)
+        values.pop("auto_map", None)  # names of python files, which are never run
+        problems = [*_orders(values), *_unknown_fields(cls, values), *_contradictions(cls, values)]
+        for foreign, official in cls.attribute_map.items():
+            value = values.pop(foreign, None)
+            if value is not None:
+                values.setdefault(official, value)
+        for field, absent in cls.if_absent.items():
+            values.setdefault(field, absent)
+        problems += cls.complete(values)
+        cls.refuse([*problems, *cls.problems(values)])
+        return super().from_dict(values, **kwargs)
+
+    @classmethod
+    def complete(cls, values: dict[str, Any]) -> list[str]:
+        """Fills in, in place, what other fields say. Returns what speaks against the config, in words."""
+        return []
+
+    @classmethod
+    def problems(cls, values: dict[str, Any]) -> list[str]:
+        """Every field whose value cannot be computed with, in words; a family's class adds its own."""
+        found = []
+        for name, largest in cls.sizes.items():
+            value = values.get(name, 1)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= largest:
+                found.append(f"{name}={value!r}: expected a whole number from 1 to {largest:,}")
+        for name, only in cls.only_value.items():
+            if name in values and values[name] != only:
+                found.append(f"unsupported: {name}={values[name]!r} (all released checkpoints have {only!r})")
+        return found
+
+    def check(self) -> None:
+        """Refuses what the network does not compute.
+
+        Raises:
+            ConfigError: Naming every field in question at once.
+        """
+        self.refuse(self.problems({name: getattr(self, name) for name in self.__dataclass_fields__}))
+
+    @classmethod
+    def refuse(cls, problems: list[str]) -> None:
+        """Raises a ConfigError that lists the problems, if there are any."""
+        if problems:
+            cures = [cure for field, cure in cls.cures.items() if any(field in problem for problem in problems)]
+            raise ConfigError(
+                "this config cannot be loaded:\n" + "\n".join(f"  - {problem}" for problem in problems),
+                hint=cures[0] if cures else "compare config.json with the one of the official repository",
+            )
+
+    def architectures_to_write(self, architectures: list[str]) -> list[str]:
+        """The official name of what is saved, for the classes in `architectures`."""
+        return architectures
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json gets: the official `architectures`, and no `auto_map` to files that are not there."""
+        values = super().to_diff_dict()
+        values.pop("auto_map", None)
+        for name in self.dropped_if_none:
+            if values.get(name) is None:
+                values.pop(name, None)
+        if "dtype" in values:  # the name that the official code's transformers reads; today's reads it too
+            values["torch_dtype"] = values.pop("dtype")
+        values["architectures"] = self.architectures_to_write(values.get("architectures") or [])
+        return values
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value is a believable number above zero."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < 1e9
+
+
+def prefix_problems(values: dict[str, Any]) -> list[str]:
+    """What is wrong with the fields of P-Tuning and of the official quantised format, which several families share."""
+    found = []
+    if values.get("quantization_bit", 0) not in (0, 4, 8, None):
+        found.append(f"quantization_bit={values['quantization_bit']!r}: expected 4 or 8, or 0 for none")
+    length = values.get("pre_seq_len")
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= 65_536):
+        found.append(f"pre_seq_len={length!r}: expected a whole number from 1 to 65,536, or null")
+    return found
+
+
+def _orders(values: dict[str, Any]) -> list[str]:
+    """Fields that would make transformers fetch code or quantise; a file may not order that, a caller may."""
+    back_end = values.pop("attn_implementation", None)
+    problems = []
+    if back_end not in (None, "sdpa", "eager"):
+        problems.append(f"unsupported: attn_implementation={back_end!r} (expected 'sdpa' or 'eager')")
+    if values.pop("quantization_config", None) is not None:
+        problems.append(
+            "unsupported: quantization_config (give it to from_pretrained, or load an official int4 folder)"
+        )
+    return problems
+
+
+def _unknown_fields(cls: type[CheckedConfig], values: dict[str, Any]) -> list[str]:
+    known = set(cls.__dataclass_fields__) | set(cls.attribute_map) | _INERT
+    known |= set(hf.GenerationConfig().to_dict())
+    return [
+        f"unknown field {name}={value!r}: nobody knows whether it changes the result"
+        for name, value in values.items()
+        if name not in known and value is not None
+    ]
+
+
+def _contradictions(cls: type[CheckedConfig], values: dict[str, Any]) -> list[str]:
+    """transformers' names may stand beside the official ones, but must not contradict them."""
+    return [
+        f"{name}={values[name]!r} contradicts {official}={values[official]!r}"
+        for name, official in cls.attribute_map.items()
+        if name in values and official in values and values[name] != values[official]
+    ]
