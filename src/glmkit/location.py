@@ -18,6 +18,8 @@ _PATTERNS = [
     "*.json",
     "*.model",
     "*.jinja",
+    "vocab.txt",
+    "merges.txt",
     "tokenization_chatglm.py",
     "modeling_chatglm.py",
     "LICENSE*",
@@ -25,6 +27,8 @@ _PATTERNS = [
 ]
 
 
+# A folder with one of these holds a model; the last two point to the shards of an original model-parallel checkpoint.
+_SIGNS = ("config.json", "latest", "latest_checkpointed_iteration.txt")
 _ON_THE_HUB = ("zai-org/", "THUDM/")  # ModelScope's organisation has no repositories there
 
 
@@ -92,7 +96,7 @@ def _under_models_folder(text: str, family: Family | None) -> list[Path]:
     names = [text, text.replace("/", "--")]
     if family is not None:
         names += [family.name, *(f"{owner}{mark}{family.name}" for owner in ORGANISATIONS for mark in ("/", "--"))]
-    return [Path(root) / name for name in names if (Path(root) / name / "config.json").is_file()]
+    return [Path(root) / name for name in names if any((Path(root) / name / sign).is_file() for sign in _SIGNS)]
 
 
 def _in_hub_cache(hub_id: str, family: Family | None, revision: str | None, cache_dir: str | None) -> Path | None:

@@ -1,0 +1,516 @@
+"""ChatGLM-6B, the first generation: one network, read top-down.
+
+    ids (B, T)
+     | word_embeddings                               x = E[ids]
+     |
+     +-----------------+   block, num_layers times; alpha = sqrt(56)
+     | input_layernorm |   a = LN(x)
+     | attention       |   q, k, v of each head side by side in one product; half of each head turns by each position
+     +--------(+)------+   h = alpha * a + attention(a)         the norm's output is skipped on, not x
+     | post_attention_ |
+     | layernorm, mlp  |   m = LN(h);  W2 gelu(W1 m)
+     +--------(+)------+   x = alpha * m + mlp(m)
+     |
+     | final_layernorm
+     | lm_head                                       logits = E x   (one matrix with the embedding)
+
+Letters: `B` batch, `T` new tokens, `S` all keys, `P` prefix columns, `H` heads, `D` head width, `C` hidden, `F` inner,
+`V` vocabulary rows.
+
+A row is a question, [gMASK] (or a text with [MASK] in it), `<sop>`, the answer. What stands in front of `<sop>` sees
+all of itself; see `prefix_lm`. Each token has two positions: its place, which for the answer is the mask token's, and
+how far into the answer it is. In the 1-D mode there is the first alone.
+
+Modules and parameters carry the names of the official checkpoints, which store the one matrix twice.
+
+Source: modeling_chatglm.py of ChatGLM-6B (2023-09-04). alpha is sqrt(2 * 28) for any number of layers there, because
+the block is not told how many there are. What differs on purpose: tensors are batch-first; rotary angles are computed
+in float32 (from frequencies rounded to float16, as officially); scores are scaled once, where the official code divides
+the queries by the layer's number and multiplies by it again; the loss stays in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from glmkit import hf
+from glmkit.errors import UsageError
+from glmkit.models.chatglm_config import ChatGLMConfig
+from glmkit.models.layers import ATTENTION, rotate_halves
+from glmkit.models.prefix_lm import (
+    PrefixLayout,
+    attention_mask,
+    context_length,
+    mask_position,
+    one_row_positions,
+    two_row_positions,
+    visible,
+)
+
+_ALPHA = 56**0.5
+
+Rotary = list[
+    tuple[Tensor, Tensor]
+]  # cos and sin for each row of positions, each (B, T, D/4) or, for one row, (B, T, D/2)
+Prefix = tuple[Tensor, Tensor]  # keys and values, each (B, H, P, D)
+Mask = tuple[Tensor | None, Tensor | None]  # what `prefix_lm.attention_mask` gives
+
+
+class SelfAttention(nn.Module):
+    """Attention whose heads are divided between the rows of positions."""
+
+    def __init__(self, config: ChatGLMConfig, layer_index: int) -> None:
+        super().__init__()
+        self.layer_index, self.width = layer_index, config.head_dim
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.attend = ATTENTION[config._attn_implementation or "sdpa"]
+
+    def forward(self, x: Tensor, mask: Mask, rotary: Rotary, cache: hf.Cache | None, prefix: Prefix | None) -> Tensor:
+        q, k, v = self.query_key_value(x).unflatten(-1, (-1, 3 * self.width)).chunk(3, dim=-1)  # (B, T, H, D) each
+        q, k = _rotate(q, rotary).transpose(1, 2), _rotate(k, rotary).transpose(1, 2)  # (B, H, T, D)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_index)  # (B, H, S, D)
+        if prefix is not None:  # in front of all tokens, never rotated, never in the cache
+            k = torch.cat((prefix[0].to(k.dtype), k), dim=2)  # (B, H, P+S, D)
+            v = torch.cat((prefix[1].to(v.dtype), v), dim=2)
+        seen, silent = mask
+        if silent is not None:
+            q = q.masked_fill(silent, 0)
+        return self.dense(self.attend(q, k, v, seen).flatten(2))
+
+
+def _rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns each part of the heads by its row of positions."""
+    parts = x.chunk(len(rotary), dim=-1)
+    return torch.cat([rotate_halves(part, cos, sin) for part, (cos, sin) in zip(parts, rotary)], dim=-1)
+
+
+class MLP(nn.Module):
+    """`W2 gelu(W1 x)`, gelu by its tanh approximation."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.inner_hidden_size)
+        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+
+
+class Block(hf.GradientCheckpointingLayer):
+    """One transformer block; under activation checkpointing its forward is recomputed in the backward pass."""
+
+    def __init__(self, config: ChatGLMConfig, layer_index: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.attention = SelfAttention(config, layer_index)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, mask: Mask, rotary: Rotary, cache: hf.Cache | None, prefix: Prefix | None) -> Tensor:
+        a = self.input_layernorm(x)
+        m = self.post_attention_layernorm(_ALPHA * a + self.attention(a, mask, rotary, cache, prefix))
+        return _ALPHA * m + self.mlp(m)
+
+
+class PrefixEncoder(nn.Module):
+    """P-Tuning v2: learned keys and values in front of every layer's own (Liu et al. 2021, arXiv:2110.07602).
+
+    A row of the table is laid out layer by layer, key before value: view (P, 2 * num_layers, H, D). With a projection
+    the table is as wide as the model, and two layers widen it.
+    """
+
+    def __init__(self, config: ChatGLMConfig, length: int) -> None:
+        super().__init__()
+        self.shape = (length, 2 * config.num_layers, config.num_attention_heads, config.head_dim)
+        row, hidden = 2 * config.num_layers * config.hidden_size, config.hidden_size
+        self.embedding = nn.Embedding(length, hidden if config.prefix_projection else row)
+        self.trans = (
+            nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, row))
+            if config.prefix_projection
+            else None
+        )
+
+    def forward(self, batch: int) -> list[Prefix]:
+        """Returns one (keys, values) per layer, each (B, H, P, D); dropout 0.1 while training, as official."""
+        rows = self.embedding.weight if self.trans is None else self.trans(self.embedding.weight)
+        columns = rows.view(self.shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
+        columns = F.dropout(columns, 0.1, self.training)  # (2L, B, H, P, D)
+        return list(zip(columns[0::2], columns[1::2]))
+
+
+class ChatGLMPreTrainedModel(hf.PreTrainedModel):
+    """What transformers needs to know about the network."""
+
+    config_class = ChatGLMConfig
+    config: ChatGLMConfig
+    base_model_prefix = "transformer"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _keys_to_ignore_on_load_unexpected = (r"rotary_emb\.inv_freq",)  # a constant that old checkpoints store
+    _supports_sdpa = True
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        config.check()
+        super().__init__(config)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """The network up to the final norm."""
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        if config.pre_seq_len:
+            self.prefix_encoder = PrefixEncoder(config, config.pre_seq_len)
+            self.freeze_all_but_prefix()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def freeze_all_but_prefix(self) -> None:
+        """P-Tuning trains the prefix alone."""
+        self.requires_grad_(False)
+        self.prefix_encoder.requires_grad_(True)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: hf.Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> hf.BaseModelOutputWithPast | tuple[Any, ...]:
+        """Runs the blocks.
+
+        Args:
+            input_ids: (B, T) int64.
+            position_ids: (B, 2, T), in the 1-D mode (B, T). None: worked out from the ids, padding included.
+            attention_mask: (B, 1, T, S) bool, True where attention is BLOCKED, as in the official code. None: worked
+                out from the ids. Masks of other types are not looked at, as in the official code: with padding on the
+                left give the tokenizer's mask.
+            past_key_values: Keys and values of earlier tokens; it is extended in place. Needs position_ids.
+            inputs_embeds: (B, T, C) instead of the embeddings of input_ids, which are needed all the same where mask or
+                positions are worked out.
+            use_cache: Whether to make a cache if none is given. None: the config's choice outside training.
+            output_hidden_states: Whether to return the embeddings and every block's output, the last AFTER the norm.
+            return_dict: False returns a tuple.
+
+        Returns:
+            last_hidden_state (B, T, C) after the final norm, past_key_values, hidden_states (num_layers + 1 tensors).
+
+        Raises:
+            UsageError: A row has no mask token or no `<sop>`.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        checkpointing = self.gradient_checkpointing and self.training
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if past_key_values is None and use_cache and not checkpointing:
+            past_key_values = hf.DynamicCache(config=self.config)
+        encoder = getattr(self, "prefix_encoder", None)
+        prefixes: list[Any] = [None] * self.config.num_layers if encoder is None else encoder(x.shape[0])
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen, position_ids = self._seen_and_positions(input_ids, x, attention_mask, position_ids, past)
+        mask = self._mask(seen, x.dtype)
+        rotary = self.rotary(position_ids, x.dtype)
+        keeps_states = _either(output_hidden_states, self.config.output_hidden_states)
+        hidden_states = [x] if keeps_states else []
+        for block, prefix in zip(self.layers, prefixes):
+            x = block(x, mask, rotary, past_key_values, prefix)
+            if keeps_states:
+                hidden_states.append(x)
+        x = self.final_layernorm(x)
+        output = hf.BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states[:-1], x) if keeps_states else None,
+        )
+        return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
+
+    def _seen_and_positions(
+        self, ids: Tensor | None, x: Tensor, blocked: Tensor | None, positions: Tensor | None, past: int
+    ) -> tuple[Tensor, Tensor]:
+        """What may be seen, (B, 1, T, S) bool, and the positions; worked out from the ids where it is not given."""
+        B, T, device = x.shape[0], x.shape[1], x.device
+        if blocked is not None and blocked.dtype != torch.bool:
+            blocked = None
+        if past and positions is None:
+            raise UsageError(
+                "tokens behind a cache need position_ids: where they belong stands in the prompt, which is not here",
+                hint="use generate or glmkit.engine, which keep count",
+            )
+        if blocked is None and past:
+            seen = torch.ones(B, 1, T, past + T, dtype=torch.bool, device=device).tril(past)
+        elif blocked is None:
+            columns = torch.arange(T, device=device)
+            seen = visible(columns, columns, context_length(self._needed(ids), self._sop), columns.new_zeros(B))
+        else:
+            seen = ~blocked
+        if positions is None:
+            positions = self.positions(self._needed(ids))
+        return seen, positions
+
+    @staticmethod
+    def _needed(ids: Tensor | None) -> Tensor:
+        if ids is None:
+            raise UsageError("inputs_embeds without attention_mask and position_ids", hint="give both, or input_ids")
+        return ids
+
+    @property
+    def _sop(self) -> int:
+        assert self.config.bos_token_id is not None
+        return self.config.bos_token_id
+
+    @property
+    def mask_groups(self) -> tuple[tuple[int], tuple[int]]:
+        """Which mask token an answer belongs to: the model takes [gMASK] first, the tokenizer [MASK]."""
+        return (self.config.gmask_token_id,), (self.config.mask_token_id,)
+
+    def positions(self, ids: Tensor) -> Tensor:
+        """Positions of whole rows, padding counted, as the official model does for ids alone.
+
+        Args:
+            ids: (B, S) int64, with mask token and `<sop>` in every row.
+
+        Returns:
+            (B, 2, S), in the 1-D mode (B, S).
+
+        Raises:
+            UsageError: A row has no mask token or no `<sop>`.
+        """
+        columns, pads = torch.arange(ids.shape[1], device=ids.device), ids.new_zeros(len(ids))
+        context, mask = context_length(ids, self._sop), mask_position(ids, self.mask_groups)
+        if self.config.position_encoding_2d:
+            return two_row_positions(columns, context, mask, pads)
+        counts_on = ids.gather(1, mask[:, None])[:, 0] == self.config.gmask_token_id
+        return one_row_positions(columns, context, mask, pads, counts_on)
+
+    def _mask(self, seen: Tensor, dtype: torch.dtype) -> Mask:
+        if self.config.pre_seq_len:  # everybody sees the prefix
+            seen = torch.cat((seen.new_ones((*seen.shape[:3], self.config.pre_seq_len)), seen), dim=-1)
+        return attention_mask(seen, dtype, self.config._attn_implementation == "eager")
+
+    def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
+        """Angles of each row of positions, from frequencies that were rounded to float16 when the model was made."""
+        rows = position_ids.unbind(1) if self.config.position_encoding_2d else (position_ids,)
+        rotated = self.config.head_dim // len(rows)
+        exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=position_ids.device) / rotated
+        frequencies = (1.0 / 10_000**exponents).half().float()
+        angles = [row.float().unsqueeze(-1) * frequencies for row in rows]  # (B, T, rotated/2)
+        return [(angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles]
+
+
+class ChatGLMForCausalLM(ChatGLMPreTrainedModel, hf.GenerationMixin):
+    """The language model. `chat`, `stream_chat` and `quantize` are joined to it in glmkit.registration."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLMConfig) -> None:
+        super().__init__(config)
+        self.transformer = ChatGLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.pre_seq_len:
+            self.lm_head.requires_grad_(False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: hf.Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> hf.CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits, and the loss if labels are given.
+
+        Args:
+            labels: (B, T), position t + 1 is the target of position t, -100 is no target.
+            logits_to_keep: Number of last positions (0: all), or a 1-D tensor of positions, to compute logits for.
+            num_items_in_batch: Divisor of the summed loss; None: the number of targets.
+            (others): As in `ChatGLMModel.forward`.
+
+        Returns:
+            loss (float32 scalar), logits (B, T or kept, V), past_key_values, hidden_states.
+        """
+        output = self.transformer(
+            input_ids,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            return_dict=True,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        hidden = output.last_hidden_state
+        logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss_sum, targets = self._loss(hidden, labels)
+            loss = loss_sum / (targets if num_items_in_batch is None else num_items_in_batch)
+        result = hf.CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+        )
+        return result if _either(return_dict, self.config.return_dict) else result.to_tuple()
+
+    def label_loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Summed cross entropy in float32, with logits at label positions only: the training loss.
+
+        Args:
+            input_ids: (B, T) int64.
+            labels: (B, T), not shifted: position t + 1 is the target of position t; -100 is no target.
+            attention_mask: As in `ChatGLMModel.forward`. Right padding needs none: nothing looks at what comes later.
+            position_ids: (B, 2, T) or None.
+
+        Returns:
+            The sum over all targets (float32 scalar) and their number.
+        """
+        hidden = self.transformer(input_ids, position_ids, attention_mask, use_cache=False).last_hidden_state
+        return self._loss(hidden, labels)
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        targets = labels[:, 1:].to(hidden.device)
+        chosen = targets != -100
+        logits = self.lm_head(hidden[:, :-1][chosen]).float()  # (targets, V)
+        return F.cross_entropy(logits, targets[chosen], reduction="sum"), int(chosen.sum())
+
+    # --- decoding ---
+
+    def input_layout(self, ids: Tensor, pads: Tensor) -> PrefixLayout:
+        """Masks and positions for our own decode loop.
+
+        Args:
+            ids: Prompts padded on the left, (B, T) int64, each with mask token and `<sop>`.
+            pads: Columns of padding of each row, (B,).
+
+        Raises:
+            UsageError: A row has no mask token or no `<sop>`.
+        """
+        counting = None if self.config.position_encoding_2d else (self.config.gmask_token_id,)
+        groups = self.transformer.mask_groups
+        return PrefixLayout(ids, pads, sop_id=self.transformer._sop, mask_ids=groups, counting_ids=counting)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of transformers, with positions and masks that go on as in the official code.
+
+        transformers lengthens `attention_mask` and `position_ids` in its own way after each token; so they travel as
+        `prompt_mask` and `prompt_positions`, and `prepare_inputs_for_generation` lengthens them.
+
+        Args:
+            inputs: Prompts, (B, T) int64; also as `input_ids`.
+            *args: See transformers.
+            **kwargs: See transformers. attention_mask (B, 1, T, T) bool and position_ids as the tokenizer gives them.
+        """
+        mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
+        if mask is not None and mask.dtype == torch.bool and mask.ndim == 4:
+            kwargs["prompt_mask"] = mask
+        if positions is not None and positions.ndim == (3 if self.config.position_encoding_2d else 2):
+            kwargs["prompt_positions"] = positions
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: hf.Cache | None = None,
+        prompt_mask: Tensor | None = None,
+        prompt_positions: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The next call's arguments: the tokens that are not in the cache, with their positions and mask.
+
+        Args:
+            input_ids: All ids so far, (B, S).
+            past_key_values: Their cache, filled up to some token.
+            prompt_mask: The tokenizer's mask for the prompt, (B, 1, T, T) bool, True = blocked.
+            prompt_positions: The tokenizer's positions for the prompt.
+            use_cache: Whether the model extends a cache.
+            **kwargs: Masks and positions that transformers makes, which have no meaning here.
+        """
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        S, device = input_ids.shape[1], input_ids.device
+        rows, columns = torch.arange(past, S, device=device), torch.arange(S, device=device)
+        if prompt_positions is None:
+            positions = self.transformer.positions(input_ids)
+        else:  # the answer belongs where the last token of the prompt belongs, one further each
+            further = (columns - prompt_positions.shape[-1] + 1).clamp(min=0)[prompt_positions.shape[-1] :]
+            positions = torch.cat(
+                (prompt_positions, prompt_positions[..., -1:].repeat_interleave(len(further), -1)), -1
+            )
+            if self.config.position_encoding_2d:
+                positions[:, 1, prompt_positions.shape[-1] :] += further
+        if prompt_mask is None:
+            seen = visible(
+                rows, columns, context_length(input_ids, self.transformer._sop), columns.new_zeros(len(input_ids))
+            )
+        else:  # the answer sees what the last token of the prompt sees, and what it has behind it
+            T = prompt_mask.shape[-1]
+            seen = torch.ones(len(input_ids), 1, S, S, dtype=torch.bool, device=device).tril()
+            seen[..., :T, :T] = ~prompt_mask
+            seen[..., T:, :T] = ~prompt_mask[:, :, -1:]
+            seen = seen[:, :, past:]
+        return {
+            "input_ids": input_ids[:, past:],
+            "position_ids": positions[..., past:],
+            "attention_mask": ~seen,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+
+def _either(choice: bool | None, default: bool | None) -> bool:
+    return bool(default if choice is None else choice)
