@@ -84,7 +84,7 @@ class Fake:
         self.logits, self.device, self.calls = logits, torch.device("cpu"), []
         self.config = types.SimpleNamespace(num_hidden_layers=layers, vocab_size=16)
         if seq_length is not None:
-            self.config.seq_length = seq_length
+            self.config.max_position_embeddings = seq_length
 
     def __call__(self, input_ids, *, attention_mask, position_ids, past_key_values, use_cache=True, logits_to_keep=0):
         assert torch.is_inference_mode_enabled()

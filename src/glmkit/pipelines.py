@@ -101,7 +101,7 @@ class TextGenerationPipeline:
             UsageError: An unknown setting, or a text that leaves no room for an answer.
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        context = min(settings.pop("max_length", self.max_length), self.model.config.seq_length)
+        context = min(settings.pop("max_length", self.max_length), self.model.config.max_position_embeddings)
         choices = choose(self.model, sampling=self.settings | settings)
         prompts = [self._prompt(text, context) for text in texts]
         rooms = [min(context - len(prompt), choices.max_new_tokens or context) for prompt in prompts]

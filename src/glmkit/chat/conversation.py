@@ -127,7 +127,7 @@ class ReplyStream:
             new,
             choices.options,
             stop_ids=tokenizer.stop_ids,
-            max_new_tokens=choices.max_new_tokens or model.config.seq_length,
+            max_new_tokens=choices.max_new_tokens or model.config.max_position_embeddings,
             cancel=cancel,
             cache=cache,
         )
@@ -301,7 +301,7 @@ def stream_reply(
     system = sampling.pop("system_prompt", system)
     choices = choose(model, options, max_new_tokens, stop, sampling)
     conversation = _with_tools(to_messages(messages, history, system), tools)
-    context = model.config.seq_length
+    context = model.config.max_position_embeddings
     prompt, dropped = fit_context(tokenizer, conversation, context, reserve_tokens(context, choices.max_new_tokens))
     if choices.options.repetition_penalty != 1.0 or choices.options.banned_ids:
         reuse = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from glmkit.engine.cache import BufferCache, new_cache
+from glmkit.engine.layout import reads_whole_prompts
 
 _ROOM_TOKENS = 1024  # for an answer, when a cache begins; it grows
 
@@ -32,6 +33,8 @@ class PromptCache:
         """
         if self._cache is None:
             self._cache = new_cache(model, 1, len(prompt) + _ROOM_TOKENS)
+        if reads_whole_prompts(model):  # nothing of one prompt is of use for the next
+            self._cache.truncate(0)
         filled = min(self._cache.get_seq_length(), len(self.ids), len(prompt) - 1)
         same = next((place for place in range(filled) if self.ids[place] != prompt[place]), filled)
         self._cache.truncate(same)

@@ -19,7 +19,7 @@ from glmkit.errors import UsageError
 class LanguageModel(Protocol):
     """What the engine needs of a model: its shape, its place, and logits for token ids."""
 
-    config: Any  # num_hidden_layers, vocab_size and, if the context is limited, seq_length
+    config: Any  # num_hidden_layers, vocab_size and, if the context is limited, max_position_embeddings
 
     @property
     def device(self) -> torch.device: ...

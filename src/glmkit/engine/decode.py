@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glmkit import hf
 from glmkit.engine.cache import BufferCache, LanguageModel, new_cache
+from glmkit.engine.layout import layout_for, reads_whole_prompts
 from glmkit.engine.sampling import Draw, SamplingOptions, row_generators, sample
 from glmkit.errors import UsageError
 
@@ -109,7 +110,8 @@ def stream(
         stop_ids: Ids that end the answer.
         max_new_tokens: Limit of the answer. Where the model's context leaves less room, that is the limit.
         cancel: Ends the answer early; looked at before each chunk of the prompt and each token.
-        prefill_chunk_tokens: Tokens of the prompt per model call: bounds memory, and the time until cancel is seen.
+        prefill_chunk_tokens: Tokens of the prompt per model call: bounds memory, and the time until cancel is seen. A
+            model that reads prompts in both directions gets them whole.
         cache: Tokens of earlier turns. Afterwards it holds prompt and answer too, but for the last token given out.
 
     Returns:
@@ -122,6 +124,11 @@ def stream(
     """
     _check_limits(model, options, max_new_tokens=max_new_tokens, prefill_chunk_tokens=prefill_chunk_tokens)
     cached = cache.get_seq_length() if cache is not None else 0
+    if cached and reads_whole_prompts(model):
+        raise UsageError(
+            f"{type(model).__name__} reads a prompt in both directions and cannot go on behind {cached} cached tokens",
+            hint="give the whole prompt and no cache",
+        )
     limit = _answer_limit(model, prompt_ids, max_new_tokens, cached)
     if cache is None:
         cache = new_cache(model, 1, len(prompt_ids) + min(limit, _FIRST_ROOM_TOKENS))
@@ -282,34 +289,24 @@ class _Batch:
         width = max(lengths)
         padded = [[0] * (width - len(prompt)) + prompt for prompt in self.history]
         self.ids = torch.tensor(padded, dtype=torch.int64, device=model.device)  # (B, T)
-        self.mask: Tensor | None = None  # (B, S) and room for more; None without padding
-        self.positions: Tensor | None = None  # (B, T); None: the model counts
-        if min(lengths) < width:
-            pads = torch.tensor([[width - length] for length in lengths], device=model.device)
-            columns = torch.arange(width, device=model.device)
-            self.mask = (columns >= pads).long()
-            self.positions = (columns - pads).clamp_(min=0)
+        pads = torch.tensor([width - length for length in lengths], device=model.device)
+        self.layout = layout_for(model, self.ids, pads)
 
     def prefill(self, chunk_tokens: int) -> Iterator[int]:
         """Reads the prompts; yields before each chunk, and at the end, the number of tokens read so far."""
         width = self.ids.shape[1]
+        if self.layout.whole_prompt:
+            chunk_tokens = width
         for start in range(0, width, chunk_tokens):
             yield start
             end = min(start + chunk_tokens, width)
-            mask = None if self.mask is None else self.mask[:, :end]
-            positions = None if self.positions is None else self.positions[:, start:end]
-            self.logits = self._forward(self.ids[:, start:end], mask, positions)
-        if self.positions is not None:
-            self.positions = self.positions[:, -1:]
+            self.logits = self._forward(self.ids[:, start:end], self.layout.prompt(start, end))
         yield width
 
     def advance(self) -> Draw:
         """Chooses the next token of every row, after running the model over the last ones."""
         if self.drawn is not None:
-            if self.mask is not None and self.positions is not None:
-                self.mask = torch.cat((self.mask, self.mask.new_ones((len(self.rows), 1))), dim=1)
-                self.positions = self.positions + 1
-            self.logits = self._forward(self.drawn.ids[:, None], self.mask, self.positions)
+            self.logits = self._forward(self.drawn.ids[:, None], self.layout.step())
         with torch.inference_mode():
             self.drawn = sample(
                 self.logits, self.options, self.generators, self.history, step=self.step, rows=self.rows
@@ -326,19 +323,18 @@ class _Batch:
         self.cache.select_rows(places)
         kept = torch.tensor(places, device=self.drawn.ids.device)
         self.drawn = self.drawn._replace(ids=self.drawn.ids[kept])
-        self.mask = None if self.mask is None else self.mask[kept]
-        self.positions = None if self.positions is None else self.positions[kept]
+        self.layout.select(places)
         for name in ("rows", "generators", "history"):
             values = getattr(self, name)
             setattr(self, name, [values[place] for place in places])
 
     # Inference mode ends before any `yield`: left open there, it would leak into the consumer's code.
     @torch.inference_mode()
-    def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+    def _forward(self, ids: Tensor, layout: dict[str, Tensor]) -> Tensor:
         output = self.model(
             input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
+            attention_mask=layout.get("attention_mask"),
+            position_ids=layout.get("position_ids"),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -364,7 +360,7 @@ def _answer_limit(model: LanguageModel, prompt: Sequence[int], max_new_tokens: i
             f"the prompt has the token id {bad}: expected 0 to {vocabulary - 1}",
             hint="tokenizer and model do not belong together",
         )
-    context = getattr(model.config, "seq_length", None)
+    context = getattr(model.config, "max_position_embeddings", None)
     if context is None:
         return max_new_tokens
     room = context - cached - len(prompt)

@@ -2,9 +2,11 @@
 
 For each output row `o` of a weight `w`: `scale[o] = max|w[o]| / 127` (int4: 7) and `q = round(w / scale)`. In int4 a
 byte holds two columns, the even one in the high nibble; both nibbles are two's complement. Quantised are the four
-linears of a block; embedding, output layer, norms and biases stay as they are.
+linears of a block; embedding, output layer, norms and biases stay as they are. One release, chatglm-6b-int4-qe, has the
+embedding quantised too, and its output layer is that same packed table.
 
-Source: quantization.py of ChatGLM2-6B. What differs: no CUDA binaries, and a row of zeros gets scale 1 instead of 0/0.
+Source: quantization.py of ChatGLM-6B, ChatGLM2-6B and GLM-130B. What differs: no CUDA binaries, and a row of zeros gets
+scale 1 instead of 0/0.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from glmkit.errors import UsageError
 
-_QUANTISED = ("query_key_value", "self_attention.dense", "dense_h_to_4h", "dense_4h_to_h")
+_QUANTISED = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -77,13 +79,7 @@ class OfficialQuantizedLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, bits: int) -> OfficialQuantizedLinear:
         """Quantises a linear layer; on the meta device only the shapes are made."""
-        if linear.weight.is_meta:
-            out, columns = linear.weight.shape
-            _check_columns(columns, bits)
-            weight = torch.empty(out, columns * bits // 8, dtype=torch.int8, device="meta")
-            return cls(weight, torch.empty(out, dtype=torch.float16, device="meta"), linear.bias, bits)
-        weight, scale = quantize_rows(linear.weight.detach(), bits)
-        return cls(weight, scale, linear.bias, bits)
+        return cls(*_quantised(linear.weight, bits), linear.bias, bits)
 
     def dequantize(self) -> Tensor:
         """The weight as a matrix, (out, in), in the dtype of the checkpoint's scales."""
@@ -94,6 +90,47 @@ class OfficialQuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+
+class OfficialQuantizedEmbedding(nn.Module):
+    """An embedding with the tensors of an official int8 or int4 checkpoint, `weight` and `weight_scale`.
+
+    Args:
+        weight: Packed rows, int8 (V, C) or (V, C / 2).
+        weight_scale: (V,).
+        bits: 8 or 4.
+    """
+
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
+        self.num_embeddings, self.embedding_dim = weight.shape[0], weight.shape[1] * (8 // bits)
+        self.scale_dtype = weight_scale.dtype
+        self.register_state_dict_post_hook(_narrow_scale)
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Embedding, bits: int) -> OfficialQuantizedEmbedding:
+        """Quantises an embedding; on the meta device only the shapes are made."""
+        return cls(*_quantised(embedding.weight, bits), bits)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scale = self.weight_scale[ids.flatten()]
+        rows = dequantize_rows(self.weight[ids.flatten()], scale.to(self.scale_dtype), self.bits)
+        return rows.to(scale.dtype).unflatten(0, ids.shape)  # `model.float()` widens the scale, and so the rows
+
+
+def _quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Packed weight and scales of a matrix; on the meta device only their shapes."""
+    if not weight.is_meta:
+        return quantize_rows(weight.detach(), bits)
+    rows, columns = weight.shape
+    _check_columns(columns, bits)
+    packed = torch.empty(rows, columns * bits // 8, dtype=torch.int8, device="meta")
+    return packed, torch.empty(rows, dtype=torch.float16, device="meta")
 
 
 def _narrow_scale(layer: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
@@ -107,12 +144,14 @@ def is_quantised_layer(name: str) -> bool:
     return ".layers." in name and name.endswith(_QUANTISED)
 
 
-def quantize_model(model: nn.Module, bits: int) -> nn.Module:
+def quantize_model(model: nn.Module, bits: int, *, embeddings: bool | None = None) -> nn.Module:
     """Replaces the linears of all blocks, one at a time, and notes it in the config: the official `.quantize(bits)`.
 
     Args:
-        model: A ChatGLM2 model of any kind.
+        model: A model of any family.
         bits: 4 or 8.
+        embeddings: Whether the embedding is quantised too (ChatGLM-6B only, whose output layer is the embedding). None:
+            as the config says.
 
     Returns:
         The same model.
@@ -127,6 +166,10 @@ def quantize_model(model: nn.Module, bits: int) -> nn.Module:
         return model
     if present not in (0, bits):
         raise UsageError(f"the model is already quantised to {present} bits", hint="load the unquantised checkpoint")
+    if embeddings is None:
+        embeddings = bool(getattr(model.config, "quantization_embeddings", False))
+    if embeddings:
+        _quantize_embedding(model, bits)
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantised_layer(name)}
     for module in chosen.values():
         _check_columns(module.in_features, bits)
@@ -135,3 +178,21 @@ def quantize_model(model: nn.Module, bits: int) -> nn.Module:
         model.set_submodule(name, OfficialQuantizedLinear.from_linear(module, bits))
     model.config.quantization_bit = bits  # type: ignore[union-attr]
     return model
+
+
+def _quantize_embedding(model: nn.Module, bits: int) -> None:
+    """Quantises the embedding of ChatGLM-6B; its output layer becomes the same packed table."""
+    table = getattr(getattr(model, "transformer", None), "word_embeddings", None)
+    if not isinstance(table, nn.Embedding) or not isinstance(getattr(model, "lm_head", None), nn.Linear):
+        raise UsageError(
+            f"the embedding of {type(model).__name__} cannot be quantised",
+            hint="only ChatGLM-6B has a release with a quantised embedding; leave it out",
+        )
+    packed = OfficialQuantizedEmbedding.from_embedding(table, bits)
+    head = OfficialQuantizedLinear(packed.weight, packed.weight_scale, None, bits)
+    head.weight, head.weight_scale = packed.weight, packed.weight_scale  # the same parameters, not others on their data
+    model.set_submodule("transformer.word_embeddings", packed)
+    model.set_submodule("lm_head", head)
+    tied = {f"lm_head.{leaf}": f"transformer.word_embeddings.{leaf}" for leaf in ("weight", "weight_scale")}
+    model._tied_weights_keys = tied  # type: ignore[assignment]
+    model.config.quantization_embeddings = True  # type: ignore[union-attr]

@@ -60,7 +60,7 @@ def finetune(
     limits = Limits(
         source_tokens=block.max_source_length,
         target_tokens=block.max_target_length,
-        total_tokens=min(block.max_length, getattr(model.config, "seq_length", block.max_length)),
+        total_tokens=min(block.max_length, getattr(model.config, "max_position_embeddings", block.max_length)),
     )
     with Progress("tokenising", len(records), enabled=progress) as bar:
         examples, cuts = make_examples(tokenizer, records, limits, loss_on=block.loss_on, progress=bar.update)
