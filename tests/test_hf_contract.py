@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,12 @@ def a_small_mask(**kwargs: Any) -> torch.Tensor | None:
     return hf.create_causal_mask(config, torch.zeros(1, 2, 4), None, None, **kwargs)
 
 
+def _an_output() -> Any:
+    """A subclass of ModelOutput as the models declare theirs, with one field set."""
+    fields_of_it = {"__annotations__": {"a": Any, "b": Any}, "a": None, "b": None}
+    return dataclass(type("Output", (hf.ModelOutput,), fields_of_it))(b=2)
+
+
 FACTS: dict[str, list[Fact]] = {
     "AutoConfig": [
         ("register(model_type, config)", lambda: takes(hf.AutoConfig.register, "model_type", "config")),
@@ -73,6 +79,7 @@ FACTS: dict[str, list[Fact]] = {
     ],
     "AutoModel": auto_fact(hf.AutoModel),
     "AutoModelForCausalLM": auto_fact(hf.AutoModelForCausalLM),
+    "AutoModelForMultipleChoice": auto_fact(hf.AutoModelForMultipleChoice),
     "AutoModelForSeq2SeqLM": auto_fact(hf.AutoModelForSeq2SeqLM),
     "AutoModelForSequenceClassification": auto_fact(hf.AutoModelForSequenceClassification),
     "AutoTokenizer": [
@@ -87,6 +94,14 @@ FACTS: dict[str, list[Fact]] = {
     "CausalLMOutputWithPast": output_fact(
         hf.CausalLMOutputWithPast, "loss", "logits", "past_key_values", "hidden_states"
     ),
+    "GlmConfig": [
+        ('model_type is "glm", the one that the GLM of 2021 has too', lambda: hf.GlmConfig.model_type == "glm"),
+        ("from_dict(values)", lambda: hf.GlmConfig.from_dict({"num_hidden_layers": 3}).num_hidden_layers == 3),
+    ],
+    "ModelOutput": [
+        ("a base for dataclasses of optional fields that leaves out what is None", lambda: [*_an_output()] == ["b"]),
+        ("to_tuple()", lambda: _an_output().to_tuple() == (2,)),
+    ],
     "SequenceClassifierOutputWithPast": output_fact(
         hf.SequenceClassifierOutputWithPast, "loss", "logits", "past_key_values", "hidden_states"
     ),

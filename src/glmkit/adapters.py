@@ -14,7 +14,7 @@ from torch import nn
 
 from glmkit.checkpoint import ADAPTER_WEIGHTS, Folder, check_tensors, open_folder
 from glmkit.errors import CheckpointError, MissingDependencyError, UsageError
-from glmkit.models.chatglm2_config import ChatGLM2Config
+from glmkit.models.checked_config import CheckedConfig
 
 _PREFIX = "transformer.prefix_encoder."
 _PEFT_START = "base_model.model."  # what PEFT writes in front of every name
@@ -39,7 +39,7 @@ def is_prefix(adapter: Folder) -> bool:
     return any(name.startswith(_PREFIX) for name in adapter.tensors)
 
 
-def size_prefix(config: ChatGLM2Config, prefix: Folder) -> None:
+def size_prefix(config: CheckedConfig, prefix: Folder) -> None:
     """Sets the prefix's length and kind in the model's config, from its tensors.
 
     Raises:
@@ -54,6 +54,10 @@ def size_prefix(config: ChatGLM2Config, prefix: Folder) -> None:
             str(prefix.path),
             [f"expected a P-Tuning prefix and nothing else, found {found}"],
             hint="a folder with the whole model is loaded by itself: glmkit.load(THIS_FOLDER)" if strangers else None,
+        )
+    if not hasattr(config, "pre_seq_len"):
+        raise CheckpointError(
+            str(prefix.path), [f"a P-Tuning prefix; models of {type(config).__name__.removesuffix('Config')} have none"]
         )
     config.pre_seq_len = table.shape[0]
     config.prefix_projection = any(name.startswith(_PREFIX + "trans.") for name in prefix.tensors)

@@ -12,11 +12,13 @@ from transformers import (  # public classes that users' code meets
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
+    GlmConfig,  # its own layout of GLM-4, which has the model_type of the GLM of 2021
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -31,6 +33,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer  # activatio
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    ModelOutput,  # base of the outputs that no class of transformers fits
     SequenceClassifierOutputWithPast,
 )
 from transformers.tokenization_utils_base import BatchEncoding
@@ -41,6 +44,7 @@ __all__ = [
     "AutoConfig",
     "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForMultipleChoice",
     "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification",
     "AutoTokenizer",
@@ -52,15 +56,18 @@ __all__ = [
     "DynamicCache",
     "GenerationConfig",
     "GenerationMixin",
+    "GlmConfig",
     "GradientCheckpointingLayer",
     "LogitsProcessor",
     "LogitsProcessorList",
+    "ModelOutput",
     "PreTrainedConfig",
     "PreTrainedModel",
     "PrefixConstrainedLogitsProcessor",
     "SequenceClassifierOutputWithPast",
     "TokenizersBackend",
     "cached_file",
+    "checkpoint_activations",
     "create_causal_mask",
     "set_generation_config",
 ]
@@ -70,3 +77,9 @@ def set_generation_config(model: GenerationMixin, values: dict[str, Any] | None)
     """Gives a model the content of a generation_config.json, if there is one, as transformers' own loader does."""
     if values is not None:
         model.generation_config = GenerationConfig.from_dict(values)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Lets blocks compute their activations again in the backward pass; the method's name changed in transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 
-from glmkit.checkpoint import Folder, open_folder
+from glmkit.checkpoint import Folder
 from glmkit.errors import UsageError
-from glmkit.families import find_family
-from glmkit.loading import check_model, read_config
+from glmkit.families import Family, find_family
+from glmkit.loading import open_model, read_config
 from glmkit.location import DownloadError, locate
-from glmkit.models.chatglm2 import ChatGLM2ForCausalLM, ChatGLM2ForSequenceClassification
+from glmkit.models.architectures import CONFIGS
+from glmkit.models.chatglm2 import ChatGLM2ForSequenceClassification
 from glmkit.models.chatglm2_config import ChatGLM2Config
+from glmkit.models.checked_config import CheckedConfig
 from glmkit.quant.official import is_quantised_layer, quantize_model
+from glmkit.registration import LANGUAGE_MODELS
+from glmkit.weights import check_model, own_names
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -24,12 +28,13 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
 
     Args:
         name: A folder, family name or hub id. Nothing is fetched.
-        context_tokens: Context length for the KV cache estimate.
+        context_tokens: Context length for the KV cache estimate; where the model knows fewer positions, that is taken.
         batch: Number of sequences for it.
 
     Returns:
         Plain values ready for JSON: family, source, config, parameters, dtypes, stored_bytes, tensors (name, shape,
-        dtype) and memory_bytes per weight format, each with weights, kv_cache (float16) and total.
+        dtype) and memory_bytes per weight format, each with weights, kv_cache (float16) and total. For GLM-130B also
+        memory_per_device_bytes: the same for one of 4 and one of 8 devices.
 
     Raises:
         UsageError: Unknown name.
@@ -44,67 +49,112 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
             raise
         location = None
     if location is None:
-        config, source, tensors = ChatGLM2Config(), "released sizes; not on this machine", {}
-        stored = family.bytes if family else 0
+        assert family is not None
+        config = released_config(family)
+        source, stored = "released sizes; not on this machine", family.bytes
+        tensors = _built(config)
+        counted = set(tensors)
     else:
-        with open_folder(location) as folder:
+        with open_model(location) as folder:
             config, source, stored = read_config(folder, family), str(location), folder.nbytes
             tensors = {name: (tuple(info.shape), info.dtype) for name, info in folder.tensors.items()}
-            _check(folder, config)
+            counted = _check(folder, config)
             family = family or find_family(str(folder.config.get("_name_or_path", "")))
-    if not tensors:
-        with torch.device("meta"):
-            state = ChatGLM2ForCausalLM(config).state_dict()
-        tensors = {name: (tuple(tensor.shape), torch.float16) for name, tensor in state.items()}
-    return {
+    generation = getattr(config, "generation", None) or (family.generation if family else None)
+    context_tokens = min(context_tokens, config.max_position_embeddings)
+    read = {name: tensors[name] for name in counted}
+    found = {
         "schema": 1,
         "name": name,
         "family": family.name if family else None,
-        "generation": config.generation or (family.generation if family else None),
+        "network": type(config).__name__.removesuffix("Config"),
+        "generation": generation,
         "source": source,
         "licence": family.licence if family else None,
         "config": {key: value for key, value in config.to_diff_dict().items() if isinstance(value, (int, float, str))},
-        "parameters": sum(_parameters(name, shape, config) for name, (shape, _) in tensors.items()),
+        "parameters": sum(_parameters(name, shape, config) for name, (shape, _) in read.items()),
         "dtypes": sorted({str(dtype).removeprefix("torch.") for _, dtype in tensors.values()}),
         "stored_bytes": stored,
         "context_tokens": context_tokens,
         "batch": batch,
-        "memory_bytes": _memory(tensors, config, context_tokens, batch),
+        "memory_bytes": _memory(read, config, context_tokens, batch),
         "tensors": [
             {"name": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
             for name, (shape, dtype) in sorted(tensors.items())
         ],
     }
+    return found
 
 
-def _check(folder: Folder, config: ChatGLM2Config) -> None:
-    """Compares the tensors with those of the model, as loading does."""
-    head = folder.tensors.get("classifier_head.weight")
-    if head is not None:
-        config.num_labels = head.shape[0]
+def released_config(family: Family) -> CheckedConfig:
+    """The config of a released model, from the families table.
+
+    Args:
+        family: Its row.
+    """
+    return CONFIGS[family.architecture](**family.sizes)
+
+
+def _built(config: CheckedConfig) -> Tensors:
+    """The tensors that a released checkpoint of this config has, in float16 where they are not quantised."""
+    bits = getattr(config, "quantization_bit", 0)
     with torch.device("meta"):
-        model = (ChatGLM2ForCausalLM if head is None else ChatGLM2ForSequenceClassification)(config)
-        if config.quantization_bit:
+        model = LANGUAGE_MODELS[type(config)](config)
+        if bits:
+            quantize_model(model, bits)
+    tied = set(getattr(model, "_tied_weights_keys", None) or {})
+    return {
+        name: (tuple(tensor.shape), torch.float16 if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+
+
+def _check(folder: Folder, config: CheckedConfig) -> set[str]:
+    """Compares the tensors with those of the model, as loading does.
+
+    Returns:
+        The names of the tensors that loading reads: no constants, no second copies.
+    """
+    head = folder.tensors.get("classifier_head.weight")
+    chosen = LANGUAGE_MODELS[type(config)]
+    if head is not None and isinstance(config, ChatGLM2Config):
+        config.num_labels = head.shape[0]
+        chosen = ChatGLM2ForSequenceClassification
+    with torch.device("meta"):
+        model = chosen(config)
+        if getattr(config, "quantization_bit", 0):
             quantize_model(model, config.quantization_bit)
     check_model(folder, model)
+    return set(own_names(folder, model))
 
 
-def _parameters(name: str, shape: tuple[int, ...], config: ChatGLM2Config) -> int:
-    if name.endswith((".weight_scale", "inv_freq")):
+def _parameters(name: str, shape: tuple[int, ...], config: CheckedConfig) -> int:
+    if name.endswith(".weight_scale"):
         return 0
-    packed = config.quantization_bit == 4 and is_quantised_layer(name.removesuffix(".weight"))
-    return prod(shape) * (2 if packed and name.endswith(".weight") else 1)
+    packed = getattr(config, "quantization_bit", 0) == 4 and _is_quantised(name, config)
+    return prod(shape) * (2 if packed else 1)
 
 
-def _memory(tensors: Tensors, config: ChatGLM2Config, context_tokens: int, batch: int) -> dict[str, dict[str, int]]:
+def _is_quantised(name: str, config: CheckedConfig) -> bool:
+    """Whether the official format quantises this weight, when it quantises."""
+    owner, _, leaf = name.rpartition(".")
+    embedding = getattr(config, "quantization_embeddings", False) and owner.endswith("word_embeddings")
+    return leaf == "weight" and (embedding or is_quantised_layer(owner))
+
+
+def _memory(tensors: Tensors, config: CheckedConfig, context_tokens: int, batch: int) -> dict[str, dict[str, int]]:
     """Bytes of weights (float16, or official int8 and int4 with float16 scales) and of a float16 KV cache."""
-    cache = 2 * config.num_layers * config.multi_query_group_num * config.kv_channels * 2 * context_tokens * batch
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers of one token
+    cache = row * 2 * context_tokens * batch
     table = {}
     for label, bits in (("float16", 16), ("int8", 8), ("int4", 4)):
         weights = 0
         for name, (shape, _) in tensors.items():
-            quantised = bits < 16 and name.endswith(".weight") and is_quantised_layer(name.removesuffix(".weight"))
             parameters = _parameters(name, shape, config)
-            weights += parameters * bits // 8 + 2 * shape[0] if quantised else parameters * 2
+            if bits < 16 and _is_quantised(name, config):
+                weights += parameters * bits // 8 + 2 * shape[0]
+            else:
+                weights += parameters * 2
         table[label] = {"weights": weights, "kv_cache": cache, "total": weights + cache}
     return table

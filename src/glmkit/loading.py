@@ -1,7 +1,7 @@
 """From a name or folder to a model that is ready to use: the only loader.
 
-The gate (`checkpoint.open_folder`) has checked every file before anything is allocated; then the model is built without
-memory, and the tensors are read one at a time straight into their dtype, device and, if asked for, quantised form.
+The gate (`checkpoint.open_folder`) has checked every file before anything is allocated; the config says which network
+it is; `weights.load_model` fills it.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from glmkit import adapters, hf
-from glmkit.checkpoint import Folder, check_tensors, open_folder
-from glmkit.errors import CheckpointError, TokenizerError, UsageError
+from glmkit.checkpoint import Folder, open_folder
+from glmkit.errors import ConfigError, TokenizerError, UsageError
 from glmkit.families import Family, find_family
 from glmkit.location import locate
-from glmkit.models.chatglm2 import ChatGLM2ForCausalLM, ChatGLM2PreTrainedModel
+from glmkit.models.architectures import CONFIGS, config_class
 from glmkit.models.chatglm2_config import ChatGLM2Config
-from glmkit.quant.official import OfficialQuantizedLinear, is_quantised_layer, quantize_model, quantize_rows
-from glmkit.registration import register
-from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+from glmkit.models.checked_config import CheckedConfig
+from glmkit.registration import LANGUAGE_MODELS, register
+from glmkit.shards import is_model_parallel, open_model_parallel
+from glmkit.tokenizers import has_tokenizer, load_tokenizer
+from glmkit.weights import check_model, load_model
 
 logger = logging.getLogger("glmkit")
 
 _QUANTIZE = {"official-int8": 8, "official-int4": 4}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "half": torch.float16}
+# What a class adds to a released checkpoint, to be trained: prefix encoder and classification heads.
+_UNTRAINED = ("transformer.prefix_encoder.", "classifier_head.", "dense.", "out_proj.")
 _SMALL_BYTES = 10**9  # below it a CPU computes float16 checkpoints in float32
 
 # Names that people type from other tools, and ours.
@@ -62,10 +65,10 @@ class Loaded:
         adapter: The adapter's folder, if any.
     """
 
-    model: ChatGLM2ForCausalLM
-    tokenizer: ChatGLMTokenizer | None
+    model: Any
+    tokenizer: Any | None
     family: Family | None
-    config: ChatGLM2Config
+    config: CheckedConfig
     path: Path
     adapter: Path | None = None
 
@@ -88,11 +91,11 @@ class Loaded:
 
         return stream_reply(self.model, self._tokenizer(), messages, **options)
 
-    def _tokenizer(self) -> ChatGLMTokenizer:
+    def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise UsageError(
-                f"{self.path} has no tokenizer.model, so text cannot be read or written",
-                hint="copy tokenizer.model from the checkpoint's original repository",
+                f"{self.path} has no tokenizer, so text cannot be read or written",
+                hint="copy the tokenizer's files from the checkpoint's original repository",
             )
         return self.tokenizer
 
@@ -139,7 +142,7 @@ def load(
     location = locate(path, download=download, revision=revision)
     bits = _bits(quantize)
     with ExitStack() as opened:
-        folder = opened.enter_context(open_folder(location))
+        folder = opened.enter_context(open_model(location))
         config = read_config(folder, row, overrule=family is not None)
         row = row or find_family(str(folder.config.get("_name_or_path", "")))
         config._name_or_path = str(location)  # where PEFT and others look for the base, as after from_pretrained
@@ -156,7 +159,7 @@ def load(
         tokenizer = _load_tokenizer(folder, config)
         model = load_model(
             folder,
-            ChatGLM2ForCausalLM,
+            LANGUAGE_MODELS[type(config)],
             config,
             choose_dtype(dtype, folder, target),
             target,
@@ -168,101 +171,19 @@ def load(
     return Loaded(model, tokenizer, row, config, location, None if adapter is None else Path(adapter))
 
 
-def load_model(
-    folder: Folder,
-    cls: type[ChatGLM2PreTrainedModel],
-    config: ChatGLM2Config,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    quantize: int | None = None,
-    prefix: Folder | None = None,
-) -> Any:
-    """Builds the model on the meta device and fills it, one tensor in memory at a time.
+def open_model(location: Path) -> Folder:
+    """Opens a model's folder: one with a config.json, or one of the original model-parallel shards.
 
     Args:
-        folder: The opened checkpoint.
-        cls: Which model class.
-        config: Its config.
-        dtype: Floating dtype of the result (quantised weights and their scales keep theirs).
-        device: Where the tensors go.
-        quantize: 4 or 8 to quantise each block's linears as they are read.
-        prefix: An opened P-Tuning checkpoint whose tensors complete the folder's.
+        location: The folder.
 
     Raises:
-        CheckpointError: Missing, unexpected or misshapen tensors, all of them.
+        CheckpointError: Everything that is wrong with it.
     """
-    stored_bits = config.quantization_bit or 0
-    if stored_bits and quantize not in (None, stored_bits):
-        raise UsageError(
-            f"the checkpoint is already quantised to {stored_bits} bits, so it cannot become {quantize} bits",
-            hint="leave out quantize, or load the unquantised checkpoint",
-        )
-    with torch.device("meta"):
-        model = cls(config)
-        if stored_bits:
-            quantize_model(model, stored_bits)
-    check_model(folder, model, also_in=prefix)
-    if prefix is not None:
-        check_tensors(prefix, {n: tuple(t.shape) for n, t in model.state_dict().items() if ".prefix_encoder." in n})
-    bits = quantize if quantize != stored_bits else None
-    for source in (folder, prefix) if prefix is not None else (folder,):
-        for name, tensor in source.read([name for name in source.tensors if not _is_ignored(name)]):
-            _place(model, name, tensor, dtype, device, bits)
-    if bits:
-        model.config.quantization_bit = bits
-    hf.set_generation_config(model, folder.read_object("generation_config.json"))
-    return model.eval()
+    return open_model_parallel(location) if is_model_parallel(location) else open_folder(location)
 
 
-def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = None, new: tuple[str, ...] = ()) -> None:
-    """Compares a folder's tensors with a model's, names and shapes, before anything is read.
-
-    Args:
-        folder: The opened checkpoint.
-        model: The model, best on the meta device.
-        also_in: A second folder whose tensors may complete it.
-        new: Beginnings of names that may be missing, because they start untrained.
-
-    Raises:
-        CheckpointError: Naming every tensor in question.
-    """
-    state = model.state_dict()
-    elsewhere = also_in.tensors if also_in is not None else {}
-    expected = {
-        name: tuple(tensor.shape)
-        for name, tensor in state.items()
-        if name not in elsewhere and (name in folder.tensors or not name.startswith(new))
-    }
-    if folder.has("adapter_config.json"):
-        raise CheckpointError(
-            str(folder.path),
-            ["adapter_config.json lies beside the weights, so it is open whether the adapter shall be used"],
-            hint="move the adapter's files into a folder of their own and give it as adapter=",
-        )
-    prefixes = [name for name in folder.tensors if ".prefix_encoder." in name]
-    if prefixes and len(prefixes) == len(folder.tensors):
-        raise CheckpointError(
-            str(folder.path),
-            ["it holds a P-Tuning prefix only, not a whole model"],
-            hint="glmkit.load(BASE, adapter=THIS_FOLDER)",
-        )
-    strange = [
-        f"tensor {name} is {str(info.dtype).removeprefix('torch.')}, expected "
-        + ("a floating-point type" if state[name].is_floating_point() else "int8, as config.json says quantization_bit")
-        for name, info in folder.tensors.items()
-        if name in state and info.dtype.is_floating_point != state[name].is_floating_point()
-    ]
-    try:
-        check_tensors(folder, expected, ignore=_is_ignored)
-    except CheckpointError as error:
-        raise CheckpointError(error.folder, [*error.problems, *strange], hint=error.hint) from None
-    if strange:
-        hint = "a quantised checkpoint needs its quantization_bit in config.json, another one must not have it"
-        raise CheckpointError(str(folder.path), strange, hint=hint)
-
-
-def read_config(folder: Folder, family: Family | None = None, *, overrule: bool = False) -> ChatGLM2Config:
+def read_config(folder: Folder, family: Family | None = None, *, overrule: bool = False) -> CheckedConfig:
     """The folder's config, completed by what `family` says or the text of its old code shows.
 
     Args:
@@ -274,16 +195,31 @@ def read_config(folder: Folder, family: Family | None = None, *, overrule: bool 
         ConfigError: A field is refused, or it stays open what `rope_ratio` means.
     """
     values = dict(folder.config)
-    if family is not None:
+    chosen = config_class(values)
+    if family is not None and CONFIGS[family.architecture] is not chosen:
+        raise ConfigError(
+            f"{folder.path} holds the network of {chosen.__name__.removesuffix('Config')}, not of {family.name}",
+            hint="leave out family=, or give the folder that belongs to it",
+        )
+    if family is not None and chosen is ChatGLM2Config:
         meaning = "position" if family.generation == 2 else "base"
         for field, value in (("generation", family.generation), ("rope_ratio_applies_to", meaning)):
             if overrule or values.get(field) is None:
                 values[field] = value
-    config: ChatGLM2Config = ChatGLM2Config.from_dict(values)
-    if config.rope_ratio_applies_to is None:
-        config.rope_ratio_applies_to = _rope_sign(folder)
+    config: CheckedConfig = chosen.from_dict(values)
+    _decide_rope(config, folder)
     config.check()
     return config
+
+
+def _decide_rope(config: CheckedConfig, folder: Folder) -> None:
+    """ChatGLM2 and later: what the folder's own old code does with rope_ratio, read as text and never run."""
+    if not isinstance(config, ChatGLM2Config) or config.rope_ratio_applies_to is not None:
+        return
+    code = folder.read_text("modeling_chatglm.py") or ""
+    divides = "/ rope_ratio" in code or "/ self.rope_ratio" in code
+    multiplies = "* rope_ratio" in code or "* self.rope_ratio" in code
+    config.rope_ratio_applies_to = None if divides == multiplies else "position" if divides else "base"
 
 
 def choose_device(device: str | int | torch.device) -> torch.device:
@@ -325,18 +261,19 @@ def choose_dtype(dtype: str | torch.dtype | None, folder: Folder, device: torch.
     return stored
 
 
-def _load_tokenizer(folder: Folder, config: ChatGLM2Config) -> ChatGLMTokenizer | None:
+def _load_tokenizer(folder: Folder, config: CheckedConfig) -> Any:
     """The folder's tokenizer, read before the weights because it is so much quicker; None if there is none."""
-    if not (folder.path / "tokenizer.model").exists():
-        logger.warning("%s has no tokenizer.model: the model is loaded without a tokenizer", folder.path)
+    if not has_tokenizer(folder.path):
+        logger.warning("%s has no tokenizer: the model is loaded without one", folder.path)
         return None
     try:
-        tokenizer = ChatGLMTokenizer.from_pretrained(str(folder.path), generation=config.generation)
+        tokenizer = load_tokenizer(folder.path, config)
     except TokenizerError as error:
         if error.hint and "generation=" in error.hint:  # what the tokenizer's own door calls it
             error.hint = "say which one it is: family='chatglm2-6b' or family='chatglm3-6b'"
         raise
-    config.generation = tokenizer.generation
+    if isinstance(config, ChatGLM2Config):
+        config.generation = tokenizer.generation
     return tokenizer
 
 
@@ -378,39 +315,7 @@ def _family_argument(name: str | None) -> Family | None:
     return row
 
 
-def _rope_sign(folder: Folder) -> str | None:
-    """What the folder's own old code does with rope_ratio, read as text and never run."""
-    code = folder.read_text("modeling_chatglm.py") or ""
-    divides = "/ rope_ratio" in code or "/ self.rope_ratio" in code
-    multiplies = "* rope_ratio" in code or "* self.rope_ratio" in code
-    return None if divides == multiplies else "position" if divides else "base"
-
-
-def _is_ignored(name: str) -> bool:
-    return name.endswith("rotary_pos_emb.inv_freq")  # a constant that old checkpoints store
-
-
-def _place(
-    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, bits: int | None
-) -> None:
-    """Puts one tensor into the model, in its final form."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if bits and leaf == "weight" and isinstance(module, nn.Linear) and is_quantised_layer(owner):
-        weight, scale = quantize_rows(tensor.to(device), bits)
-        model.set_submodule(owner, OfficialQuantizedLinear(weight, scale, module.bias, bits))
-        return
-    if isinstance(module, OfficialQuantizedLinear) and leaf == "weight_scale":
-        module.scale_dtype = tensor.dtype
-    elif tensor.is_floating_point():
-        tensor = tensor.to(dtype)
-    trained = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
-    module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=trained)
-
-
-def from_pretrained(
-    cls: type[ChatGLM2PreTrainedModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-) -> Any:
+def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     """`from_pretrained` of our classes: the gate checks the folder, then transformers loads it.
 
     One kind of folder it does not hand over: those in the official quantised format, which transformers does not
@@ -438,25 +343,28 @@ def from_pretrained(
     with open_folder(location) as folder:
         config = kwargs.pop("config", None)
         if config is None:
-            config, kwargs = cls.config_class.from_dict(folder.config, return_unused_kwargs=True, **kwargs)
-        if config.rope_ratio_applies_to is None:
-            config.rope_ratio_applies_to = _rope_sign(folder)
+            chosen = config_class(folder.config)
+            if chosen is not cls.config_class:
+                raise ConfigError(
+                    f"{location} has a config for {chosen.__name__}, not for {cls.__name__}",
+                    hint="glmkit.load, or transformers' Auto classes, choose the class themselves",
+                )
+            config, kwargs = chosen.from_dict(folder.config, return_unused_kwargs=True, **kwargs)
+        _decide_rope(config, folder)
         config.check()
-        if config.quantization_bit:
+        if getattr(config, "quantization_bit", 0):
             model = _load_quantised(folder, cls, config, kwargs)
         else:
             with torch.device("meta"):
                 probe = cls(config)
-            check_model(folder, probe, new=("transformer.prefix_encoder.", "classifier_head."))
+            check_model(folder, probe, new=_UNTRAINED)
             model = hf.PreTrainedModel.from_pretrained.__func__(cls, str(location), *args, config=config, **kwargs)
-            if config.pre_seq_len:  # transformers' loader makes every parameter trainable
+            if getattr(config, "pre_seq_len", None):  # transformers' loader makes every parameter trainable
                 model.transformer.freeze_all_but_prefix()
     return model if device is None else model.to(device)
 
 
-def _load_quantised(
-    folder: Folder, cls: type[ChatGLM2PreTrainedModel], config: ChatGLM2Config, kwargs: dict[str, Any]
-) -> Any:
+def _load_quantised(folder: Folder, cls: Any, config: CheckedConfig, kwargs: dict[str, Any]) -> Any:
     """Loads a checkpoint in the official quantised format, with the arguments of transformers that matter for it."""
     if kwargs.get("attn_implementation"):
         config._attn_implementation = kwargs["attn_implementation"]
@@ -478,6 +386,5 @@ __all__ = [
     "choose_dtype",
     "from_pretrained",
     "load",
-    "load_model",
     "read_config",
 ]

@@ -233,6 +233,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if input_ids is None and inputs_embeds is None:
             raise ValueError("give input_ids or inputs_embeds")
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x.to(self.final_layernorm.weight.dtype)  # a packed table may give another one
         checkpointing = self.gradient_checkpointing and self.training
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

@@ -118,9 +118,9 @@ class OfficialQuantizedEmbedding(nn.Module):
         return cls(*_quantised(embedding.weight, bits), bits)
 
     def forward(self, ids: Tensor) -> Tensor:
-        scale = self.weight_scale[ids.flatten()]
-        rows = dequantize_rows(self.weight[ids.flatten()], scale.to(self.scale_dtype), self.bits)
-        return rows.to(scale.dtype).unflatten(0, ids.shape)  # `model.float()` widens the scale, and so the rows
+        """Rows in the dtype of the checkpoint's scales."""
+        scale = self.weight_scale[ids.flatten()].to(self.scale_dtype)
+        return dequantize_rows(self.weight[ids.flatten()], scale, self.bits).unflatten(0, ids.shape)
 
 
 def _quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,175 @@
+"""From an open folder to a filled model: which stored tensor belongs where, all of them checked before one is read.
+
+stored names --own_names--> names of the model     the prefix that a head puts in front, constants and copies aside
+check_model                 shapes and kinds of numbers, everything that is wrong at once
+load_model                  one tensor at a time into its dtype, device and, if asked for, quantised form
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from glmkit import hf
+from glmkit.checkpoint import Folder, check_tensors
+from glmkit.errors import CheckpointError, UsageError
+from glmkit.models.checked_config import CheckedConfig
+from glmkit.quant.official import OfficialQuantizedLinear, is_quantised_layer, quantize_model, quantize_rows
+
+
+def load_model(
+    folder: Folder,
+    cls: type[Any],
+    config: CheckedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantize: int | None = None,
+    prefix: Folder | None = None,
+) -> Any:
+    """Builds the model on the meta device and fills it, one tensor in memory at a time.
+
+    Args:
+        folder: The opened checkpoint.
+        cls: Which model class.
+        config: Its config.
+        dtype: Floating dtype of the result (quantised weights and their scales keep theirs).
+        device: Where the tensors go.
+        quantize: 4 or 8 to quantise each block's linears as they are read.
+        prefix: An opened P-Tuning checkpoint whose tensors complete the folder's.
+
+    Raises:
+        CheckpointError: Missing, unexpected or misshapen tensors, all of them.
+    """
+    stored_bits = getattr(config, "quantization_bit", 0) or 0
+    if stored_bits and quantize not in (None, stored_bits):
+        raise UsageError(
+            f"the checkpoint is already quantised to {stored_bits} bits, so it cannot become {quantize} bits",
+            hint="leave out quantize, or load the unquantised checkpoint",
+        )
+    with torch.device("meta"):
+        model = cls(config)
+        if stored_bits:
+            quantize_model(model, stored_bits)
+    check_model(folder, model, also_in=prefix)
+    if prefix is not None:
+        check_tensors(prefix, {n: tuple(t.shape) for n, t in model.state_dict().items() if ".prefix_encoder." in n})
+    bits = quantize if quantize != stored_bits else None
+    for source in (folder, prefix) if prefix is not None else (folder,):
+        names = own_names(source, model)
+        for stored, tensor in source.read(names):
+            _place(model, names[stored], tensor, dtype, device, bits)
+    for copy, table in _tied(model).items():
+        owner, _, leaf = copy.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = model.get_parameter(table)
+    if bits:
+        model.config.quantization_bit = bits
+    hf.set_generation_config(model, folder.read_object("generation_config.json"))
+    return model.eval()
+
+
+def own_names(folder: Folder, model: nn.Module) -> dict[str, str]:
+    """Which stored tensors are read, and what the model calls them.
+
+    A file of the network alone lacks the name that a head's class puts in front of it ("glm.", "transformer."), and the
+    other way round. Left out are constants that old checkpoints store, and second copies of a tied table.
+
+    Args:
+        folder: The opened checkpoint.
+        model: The model, best on the meta device.
+
+    Returns:
+        Stored name -> name in the model, in the order of the folder; a name that fits nowhere stays as it is.
+    """
+    state = model.state_dict()
+    start = f"{getattr(model, 'base_model_prefix', '')}."
+    tied = _tied(model)
+    names = {}
+    for stored in folder.tensors:
+        name = stored
+        if stored not in state and start + stored in state:
+            name = start + stored
+        elif stored not in state and stored.removeprefix(start) in state:
+            name = stored.removeprefix(start)
+        if not _is_constant(stored, model) and name not in tied:
+            names[stored] = name
+    return names
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names whose tensor is another's, and whose: the output layer's, where it is the embedding's."""
+    return dict(getattr(model, "_tied_weights_keys", None) or {})
+
+
+def _is_constant(name: str, model: nn.Module) -> bool:
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = None, new: tuple[str, ...] = ()) -> None:
+    """Compares a folder's tensors with a model's, names and shapes, before anything is read.
+
+    Args:
+        folder: The opened checkpoint.
+        model: The model, best on the meta device.
+        also_in: A second folder whose tensors may complete it.
+        new: Beginnings of names that may be missing, because they start untrained.
+
+    Raises:
+        CheckpointError: Naming every tensor in question.
+    """
+    state, names, tied = model.state_dict(), own_names(folder, model), _tied(model)
+    stored_as = {own: stored for stored, own in names.items()}
+    elsewhere = also_in.tensors if also_in is not None else {}
+    expected = {
+        stored_as.get(name, name): tuple(tensor.shape)
+        for name, tensor in state.items()
+        if name not in elsewhere and name not in tied and (name in stored_as or not name.startswith(new))
+    }
+    if folder.has("adapter_config.json"):
+        raise CheckpointError(
+            str(folder.path),
+            ["adapter_config.json lies beside the weights, so it is open whether the adapter shall be used"],
+            hint="move the adapter's files into a folder of their own and give it as adapter=",
+        )
+    prefixes = [name for name in folder.tensors if ".prefix_encoder." in name]
+    if prefixes and len(prefixes) == len(folder.tensors):
+        raise CheckpointError(
+            str(folder.path),
+            ["it holds a P-Tuning prefix only, not a whole model"],
+            hint="glmkit.load(BASE, adapter=THIS_FOLDER)",
+        )
+    strange = [
+        f"tensor {stored} is {str(folder.tensors[stored].dtype).removeprefix('torch.')}, expected "
+        + ("a floating-point type" if state[own].is_floating_point() else "int8, as config.json says quantization_bit")
+        for stored, own in names.items()
+        if own in state and folder.tensors[stored].dtype.is_floating_point != state[own].is_floating_point()
+    ]
+    try:
+        check_tensors(folder, expected, ignore=lambda name: name in folder.tensors and name not in names)
+    except CheckpointError as error:
+        raise CheckpointError(error.folder, [*error.problems, *strange], hint=error.hint) from None
+    if strange:
+        hint = "a quantised checkpoint needs its quantization_bit in config.json, another one must not have it"
+        raise CheckpointError(str(folder.path), strange, hint=hint)
+
+
+def _place(
+    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, bits: int | None
+) -> None:
+    """Puts one tensor into the model, in its final form."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if bits and leaf == "weight" and isinstance(module, nn.Linear) and is_quantised_layer(owner):
+        weight, scale = quantize_rows(tensor.to(device), bits)
+        model.set_submodule(owner, OfficialQuantizedLinear(weight, scale, module.bias, bits))
+        return
+    if leaf == "weight_scale":
+        module.scale_dtype = tensor.dtype  # type: ignore[assignment]
+    elif tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    trained = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
+    module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=trained)
