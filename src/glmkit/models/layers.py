@@ -70,7 +70,23 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, x[..., rotated:]), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates channel i of each head together with channel i + D/2, over the whole head.
+
+    Args:
+        x: Queries or keys, (B, T, H, D).
+        cos: (B, T, D/2) in the dtype of `x`.
+        sin: Like cos.
+
+    Returns:
+        Like `x`.
+    """
+    first, second = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # (B, T, 1, D/2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """Scaled dot-product attention with grouped key/value heads, by torch's fused operator.
 
     Args:
@@ -78,6 +94,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         k: (B, K, S, D); group j serves query heads j*G … (j+1)*G-1.
         v: Like k.
         mask: Boolean (B, 1, T, S), True = may be seen. None: causal if T > 1 (then S = T), everything if T = 1.
+        dropout: Share of the attention weights that is set to zero; the others grow to make up for it.
 
     Returns:
         (B, T, H, D). A row that may see nothing is zero.
@@ -85,13 +102,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     B, H, T, D = q.shape
     K = k.shape[1]
     if T == 1:  # a group's heads become rows of one product, so keys and values are read once, not G times
-        out = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask, dropout_p=dropout)
         return out.reshape(B, 1, H, D)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=K != H)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=K != H
+    )
     return out.transpose(1, 2)
 
 
-def attend_eagerly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend_eagerly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
     """The same as `attend`, step by step: the readable reference, with an additive mask.
 
     Args:
@@ -99,6 +118,7 @@ def attend_eagerly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
         k: (B, K, S, D).
         v: Like k.
         mask: Additive (B, 1, T, S), 0 = may be seen, a very negative number = may not; or None, as in `attend`.
+        dropout: As in `attend`.
 
     Returns:
         (B, T, H, D).
@@ -112,7 +132,8 @@ def attend_eagerly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     elif T > 1:
         future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+    weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout, dropout > 0)
+    return (weights @ v).transpose(1, 2)
 
 
 ATTENTION = {"sdpa": attend, "eager": attend_eagerly}
