@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -16,6 +17,8 @@ from glmkit.models.architectures import CONFIGS
 from glmkit.models.chatglm2 import ChatGLM2ForSequenceClassification
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import CheckedConfig
+from glmkit.models.glm130b_config import GLM130BConfig
+from glmkit.quant.memory import memory_per_device
 from glmkit.quant.official import is_quantised_layer, quantize_model
 from glmkit.registration import LANGUAGE_MODELS
 from glmkit.weights import check_model, own_names
@@ -23,18 +26,21 @@ from glmkit.weights import check_model, own_names
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[str, Any]:
+def inspect(
+    name: str, *, context_tokens: int = 8_192, batch: int = 1, devices: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Describes a folder, or a family that is not on this machine (from its released sizes).
 
     Args:
         name: A folder, family name or hub id. Nothing is fetched.
         context_tokens: Context length for the KV cache estimate; where the model knows fewer positions, that is taken.
         batch: Number of sequences for it.
+        devices: Numbers of devices to divide the model over. None: 4 and 8 for GLM-130B, else none.
 
     Returns:
         Plain values ready for JSON: family, source, config, parameters, dtypes, stored_bytes, tensors (name, shape,
-        dtype) and memory_bytes per weight format, each with weights, kv_cache (float16) and total. For GLM-130B also
-        memory_per_device_bytes: the same for one of 4 and one of 8 devices.
+        dtype) and memory_bytes per weight format, each with weights, kv_cache (float16) and total; and
+        memory_per_device_bytes: number of devices -> the same for each of them, tensor-parallel.
 
     Raises:
         UsageError: Unknown name.
@@ -63,7 +69,9 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
     generation = getattr(config, "generation", None) or (family.generation if family else None)
     context_tokens = min(context_tokens, config.max_position_embeddings)
     read = {name: tensors[name] for name in counted}
-    found = {
+    if devices is None:
+        devices = (4, 8) if isinstance(config, GLM130BConfig) and location is None else ()
+    return {
         "schema": 1,
         "name": name,
         "family": family.name if family else None,
@@ -78,12 +86,14 @@ def inspect(name: str, *, context_tokens: int = 8_192, batch: int = 1) -> dict[s
         "context_tokens": context_tokens,
         "batch": batch,
         "memory_bytes": _memory(read, config, context_tokens, batch),
+        "memory_per_device_bytes": {
+            number: _memory_per_device(read, config, number, context_tokens * batch) for number in devices
+        },
         "tensors": [
             {"name": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
             for name, (shape, dtype) in sorted(tensors.items())
         ],
     }
-    return found
 
 
 def released_config(family: Family) -> CheckedConfig:
@@ -127,6 +137,20 @@ def _check(folder: Folder, config: CheckedConfig) -> set[str]:
             quantize_model(model, config.quantization_bit)
     check_model(folder, model)
     return set(own_names(folder, model))
+
+
+def _memory_per_device(tensors: Tensors, config: CheckedConfig, number: int, tokens: int) -> dict[str, dict[str, int]]:
+    """What one of several devices holds; the kind of numbers that are stored does not matter."""
+    if getattr(config, "quantization_bit", 0):
+        raise UsageError(
+            "the memory per device is counted from weights that are not quantised", hint="inspect the float16 model"
+        )
+    cost = memory_per_device(config, {name: shape for name, (shape, _) in tensors.items()}, number)
+    cache = cost["kv_cache_bytes_per_token"] * tokens
+    return {
+        label: {"weights": weights, "kv_cache": cache, "total": weights + cache}
+        for label, weights in zip(("float16", "int8", "int4"), cost["weights_bytes"].values())
+    }
 
 
 def _parameters(name: str, shape: tuple[int, ...], config: CheckedConfig) -> int:

@@ -64,10 +64,15 @@ def locate(
     if text and folder.is_dir():
         return folder
     family = find_family(text)
-    if family is not None and not family.hub_id:
+    if family is not None and builtin(family.name).is_dir():
         return builtin(family.name)
     for folder in _under_models_folder(text, family):
         return folder
+    if family is not None and not family.hub_id:
+        raise UsageError(
+            f"{family.name} is not on this machine, and it is not on the hub",
+            hint="give the folder of its checkpoint, or GLMKIT_MODELS=FOLDER that has it",
+        )
     if family is None and text.count("/") != 1:
         raise _unknown(text)
     hub_id = text if family is None or text.startswith(_ON_THE_HUB) else family.hub_id

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from glmkit.errors import TokenizerError
+from glmkit.tokenizers.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceFile, read_model
 
 SPACE = "▁"
-MAX_FILE_BYTES = 64 * 2**20  # the released file has 1 MB
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # piece types of the SentencePiece file format
 _EACH_BYTE = "glmkit.each_byte"
 
 
@@ -33,29 +30,7 @@ def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(_EACH_BYTE, _replace_each_byte)
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What a SentencePiece BPE file holds.
-
-    Args:
-        texts: The piece of every id.
-        types: The type of every id (NORMAL, UNKNOWN, CONTROL or BYTE).
-        scores: The score of every id; a higher score merges first.
-        add_dummy_prefix: Whether a blank is put in front of every text.
-        data: The file as it is, so that it can be saved again.
-    """
-
-    texts: tuple[str, ...]
-    types: tuple[int, ...]
-    scores: tuple[float, ...]
-    add_dummy_prefix: bool
-    data: bytes
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-
-def read_pieces(path: Path) -> Pieces:
+def read_pieces(path: Path) -> SentencePieceFile:
     """Reads a SentencePiece file and refuses everything but what ChatGLM2, ChatGLM3 and glm-nano use.
 
     Args:
@@ -68,69 +43,32 @@ def read_pieces(path: Path) -> Pieces:
         TokenizerError: The file is missing, too large, truncated, not SentencePiece, not BPE, or asks for something
             that this tokenizer does not do; the message says which.
     """
-    if not path.is_file():
-        raise TokenizerError(
-            f"no tokenizer: {path} is missing", hint="copy tokenizer.model from the checkpoint's original repository"
-        )
-    size_bytes = path.stat().st_size
-    if size_bytes > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path} has {size_bytes} bytes; a SentencePiece file has at most {MAX_FILE_BYTES}")
-    data = path.read_bytes()
-    model = _parse(path, data)
-    problem = _unsupported(model)
+    file = read_model(path)
+    problem = _unsupported(file)
     if problem:
         raise TokenizerError(
             f"{path} is no tokenizer of ChatGLM2 or ChatGLM3: {problem}",
             hint="check that the file belongs to this checkpoint",
         )
-    triples = [(piece.piece, piece.type, piece.score) for piece in model.pieces]
-    texts, types, scores = zip(*triples)
-    return Pieces(texts, types, scores, model.normalizer_spec.add_dummy_prefix, data)
+    return file
 
 
-def _parse(path: Path, data: bytes) -> Any:
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    try:
-        model.ParseFromString(data)
-    except DecodeError as error:
-        raise TokenizerError(
-            f"{path} ({len(data)} bytes) is truncated or no SentencePiece file: {error}",
-            hint="copy it again; a file of a few hundred bytes is often a Git LFS pointer (`git lfs pull`)",
-        ) from error
-    # The specifications lie behind the pieces, so a file cut at a piece boundary parses but lacks them.
-    if not model.pieces or not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
-        raise TokenizerError(
-            f"{path} ({len(data)} bytes) is truncated or no SentencePiece file: "
-            f"{len(model.pieces)} pieces, and the trainer's or the normaliser's specification is missing",
-            hint="copy it again",
-        )
-    return model
-
-
-def _unsupported(model: Any) -> str | None:
+def _unsupported(file: SentencePieceFile) -> str | None:
     """The first property that this tokenizer does not do, in words, or None."""
-    trainer, normalizer, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
-    if trainer.model_type != trainer.BPE:
-        return f"the model type is {trainer.ModelType.Name(trainer.model_type)}, expected BPE"
-    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
-        return f"the normaliser is {normalizer.name or 'unnamed'} or removes blanks, expected the identity"
-    if trainer.treat_whitespace_as_suffix:
-        return "blanks are suffixes, expected prefixes"
-    if len({piece.piece for piece in pieces}) != len(pieces):
-        return "a piece occurs twice"
-    types = [piece.type for piece in pieces]
+    if file.model_type != "BPE":
+        return f"the model type is {file.model_type}, expected BPE"
+    problem = file.normalizer.problem("identity")
+    if problem:
+        return problem
     expected = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256
-    if types[: len(expected)] != expected:
+    if list(file.types[: len(expected)]) != expected:
         return "ids 0 to 258 are not <unk>, <s>, </s> and the 256 bytes"
-    if any(kind != NORMAL for kind in types[len(expected) :]):
+    if any(kind != NORMAL for kind in file.types[len(expected) :]):
         return "there are user-defined, unused or control pieces behind id 258"
     return None
 
 
-def build_merges(pieces: Pieces) -> list[tuple[str, str]]:
+def build_merges(pieces: SentencePieceFile) -> list[tuple[str, str]]:
     """Lists every pair of pieces that joins to a piece, best first.
 
     Args:
@@ -153,7 +91,7 @@ def build_merges(pieces: Pieces) -> list[tuple[str, str]]:
     ]
 
 
-def build_tokenizer(pieces: Pieces, control: Sequence[str]) -> Tokenizer:
+def build_tokenizer(pieces: SentencePieceFile, control: Sequence[str]) -> Tokenizer:
     """Builds the Rust tokenizer.
 
     Args:
@@ -182,9 +120,9 @@ def build_tokenizer(pieces: Pieces, control: Sequence[str]) -> Tokenizer:
         )
     )
     blanks = normalizers.Replace(" ", SPACE)
-    prefix = [normalizers.Prepend(SPACE)] if pieces.add_dummy_prefix else []
+    prefix = [normalizers.Prepend(SPACE)] if pieces.normalizer.add_dummy_prefix else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, blanks])
-    strip = [decoders.Strip(content=" ", left=1, right=0)] if pieces.add_dummy_prefix else []
+    strip = [decoders.Strip(content=" ", left=1, right=0)] if pieces.normalizer.add_dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
@@ -202,8 +140,8 @@ class PieceDecoder:
         extra: What the ids behind the file's decode to, in order.
     """
 
-    def __init__(self, pieces: Pieces, extra: Sequence[str]) -> None:
-        self._drops_prefix = pieces.add_dummy_prefix
+    def __init__(self, pieces: SentencePieceFile, extra: Sequence[str]) -> None:
+        self._drops_prefix = pieces.normalizer.add_dummy_prefix
         self._bytes: list[bytes] = [
             bytes([int(text[1:-1], 16)])
             if kind == BYTE
