@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import glmkit
 from glmkit.engine.decode import generate_batch, stream
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import ConfigError, UsageError
-from glmkit.models.chatglm import ChatGLMForCausalLM
+from glmkit.models.chatglm import ChatGLMForCausalLM, ChatGLMModel, _rotate
 from glmkit.models.chatglm_config import ChatGLMConfig
 from glmkit.quant.official import OfficialQuantizedLinear, dequantize_rows
 
@@ -106,16 +107,17 @@ def test_masks_of_other_types_are_not_looked_at(case: Case) -> None:
 
 
 def incremental(case: Case, name: str) -> None:
-    """Prefill, then greedy steps, with the arguments that generate makes."""
+    """Prefill, then greedy steps, with the arguments that generate makes; they are the stored ones of the official."""
     inputs = case.inputs(name)
-    given = {
-        f"prompt_{key}": inputs.get(long) for key, long in (("mask", "attention_mask"), ("positions", "position_ids"))
-    }
-    ids, cache, logits = inputs["input_ids"], None, []
+    ids, cache, logits = inputs.pop("input_ids"), None, []
     start = ids.shape[1]
-    for _ in range(case.arrays[f"{name}.tokens"].shape[1]):
-        prepared = case.model.prepare_inputs_for_generation(ids, cache, **given, use_cache=True)
+    for step in range(case.arrays[f"{name}.tokens"].shape[1]):
+        prepared = case.model.prepare_inputs_for_generation(ids, past_key_values=cache, use_cache=True, **inputs)
         assert prepared["input_ids"].shape[1] == (1 if cache is not None else start)
+        for argument in ("input_ids", "position_ids", "attention_mask"):
+            stored = f"{name}.step{step}.model_{argument}"
+            if stored in case.arrays:
+                np.testing.assert_array_equal(prepared[argument].numpy(), case.arrays[stored])
         with torch.no_grad():
             output = case.model(**prepared)
         cache = output.past_key_values
@@ -130,13 +132,35 @@ def test_incremental_decoding(case: Case, name: str) -> None:
     incremental(case, name)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 2},
+        {"do_sample": True, "top_k": 1},
+    ],
+)
 @pytest.mark.parametrize("name", ["greedy24", "greedy24_batch_left_pad"])
 def test_generate_greedily(case: Case, name: str, options: dict[str, Any]) -> None:
     if "batch" in name and "prompt_lookup_num_tokens" in options:
         pytest.skip("transformers looks up prompts in a single row")
-    sequences = case.model.generate(**case.inputs(name), do_sample=False, max_new_tokens=24, **options)
+    sequences = case.model.generate(**case.inputs(name), **({"do_sample": False, "max_new_tokens": 24} | options))
     np.testing.assert_array_equal(sequences.numpy(), case.arrays[f"{name}.sequences"])
+
+
+def test_generate_without_the_tokenizers_masks(case: Case) -> None:
+    """Masks and positions of other models, which transformers makes too, are not looked at; padding is context."""
+    ids = case.inputs("greedy24_batch_left_pad")["input_ids"]
+    plain = case.model.generate(ids, do_sample=False, max_new_tokens=6)
+    other = {"attention_mask": (ids != 3).long(), "position_ids": torch.arange(ids.shape[1]).expand_as(ids)}
+    assert torch.equal(case.model.generate(ids, **other, do_sample=False, max_new_tokens=6), plain)
+    for step in range(ids.shape[1], plain.shape[1]):
+        with torch.no_grad():
+            logits = case.model(plain[:, :step]).logits[:, -1]
+        unfinished = plain[:, step] != 3
+        assert torch.equal(logits.argmax(-1)[unfinished], plain[:, step][unfinished])
 
 
 def test_generate_with_beams(case: Case) -> None:
@@ -145,6 +169,16 @@ def test_generate_with_beams(case: Case) -> None:
     stored = torch.from_numpy(case.arrays["beam4.sequences"])
     prompt = case.inputs("beam4")["input_ids"].shape[1]
     assert score(case.model, found, prompt) >= score(case.model, stored, prompt) - 1e-4
+
+
+def test_beams_of_a_padded_batch_are_those_of_each_row(case: Case) -> None:
+    inputs = case.inputs("greedy24_batch_left_pad")
+    options = {"do_sample": False, "max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2}
+    scores = {"return_dict_in_generate": True, "output_scores": True}
+    together = case.model.generate(**inputs, **options, **scores).sequences_scores.view(-1, 2)
+    for row, found in zip(inputs["input_ids"], together):
+        alone = case.model.generate(row[row != 3][None], **options, **scores).sequences_scores
+        torch.testing.assert_close(found, alone, atol=ATOL, rtol=0)
 
 
 def score(model: ChatGLMForCausalLM, sequence: torch.Tensor, prompt: int) -> float:
@@ -181,6 +215,18 @@ def test_a_prompt_is_not_continued_behind_a_cache(case: Case) -> None:
         case.model(ids[:, -1:], past_key_values=cache)
 
 
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"attention_mask": torch.zeros(3, 1, 5, 5, dtype=torch.bool)}, r"attention_mask has the shape \[3, 1, 5, 5\]"),
+        ({"position_ids": torch.zeros(3, 16, dtype=torch.int64)}, r"position_ids has .* expected \[3, 2, 16\]"),
+    ],
+)
+def test_masks_and_positions_that_do_not_fit(case: Case, given: dict[str, torch.Tensor], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        case.model(case.inputs("batch_left_pad")["input_ids"], **given)
+
+
 def test_a_row_without_mask_or_start_is_named(case: Case) -> None:
     ids = case.inputs("batch_left_pad_ids_only")["input_ids"].clone()
     ids[1][ids[1] == 130001] = 5
@@ -206,7 +252,14 @@ def test_gradients_and_sgd(shared: Path, case: Case) -> None:
             loss.backward()
             if step == 0:
                 for name, norm in manifest["grad_norms"].items():
-                    assert float(model.get_parameter(name).grad.norm()) == pytest.approx(norm, rel=1e-3, abs=1e-5), name
+                    gradient = model.get_parameter(name).grad
+                    assert float(gradient.norm()) == pytest.approx(norm, rel=1e-3, abs=1e-5), name
+                    if f"grad.{name}" in case.arrays:
+                        np.testing.assert_allclose(gradient.numpy(), case.arrays[f"grad.{name}"], atol=1e-5, rtol=0)
+                rows = case.arrays["grad_rows.transformer.word_embeddings.weight.rows"]
+                stored = case.arrays["grad_rows.transformer.word_embeddings.weight"]
+                both_uses = model.transformer.word_embeddings.weight.grad[rows].numpy()
+                np.testing.assert_allclose(both_uses, stored, atol=1e-5, rtol=0)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter -= 0.1 * parameter.grad
@@ -250,7 +303,15 @@ def test_p_tuning(shared: Path, tmp_path: Path, kind: str) -> None:
     assert loss.item() == pytest.approx(facts["loss"], abs=ATOL)
     loss.backward()
     for parameter, norm in facts["grad_norms"].items():
-        assert float(model.get_parameter(parameter).grad.norm()) == pytest.approx(norm, rel=1e-3), parameter
+        gradient = model.get_parameter(parameter).grad
+        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-3), parameter
+        np.testing.assert_allclose(gradient.numpy(), case.arrays[f"{kind}.grad.{parameter}"], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    after = model(**case.inputs(f"{kind}.train")).loss
+    assert after.item() == pytest.approx(facts["loss_after_one_sgd_step_lr0.1_on_all_grad_params"], abs=ATOL)
 
     loaded = glmkit.load(folder / "model", adapter=folder / kind, dtype="float32").model
     with torch.no_grad():
@@ -271,7 +332,41 @@ def test_half_precision(shared: Path, dtype: str) -> None:
         assert error <= 1.5 * official[f"{dtype}.{name}"] + 0.01, (name, error)
 
 
+def test_rotary_of_all_stored_sizes(shared: Path) -> None:
+    check_rotary(np.load(shared / "conformance" / "rotary" / "arrays.npz"))
+
+
 # --- without shared/ ---
+
+
+def check_rotary(arrays: Any) -> None:
+    """Angles from frequencies in float16, also at far positions; the two halves of a head turn by a position each."""
+    tiny = {"num_layers": 1, "num_attention_heads": 1, "vocab_size": 130_528, "inner_hidden_size": 8}
+    checked = 0
+    for name in sorted({key.rsplit(".", 1)[0] for key in arrays.files if key.startswith("v1.")}):
+        width = int(name.partition("head_dim")[2].partition(".")[0])
+        with torch.device("meta"):
+            model = ChatGLMModel(ChatGLMConfig(hidden_size=width, **tiny))
+        if name.startswith("v1.rotated"):
+            rows = [torch.from_numpy(arrays[f"{name}.{row}"]) for row in ("position_ids", "block_position_ids")]
+            rotary = model.rotary(torch.stack(rows, dim=1), torch.float32)
+            for part in ("q", "k"):
+                x = torch.from_numpy(arrays[f"{name}.{part}"]).transpose(0, 1)  # the official one is sequence-first
+                turned = _rotate(x, rotary).transpose(0, 1).numpy()
+                np.testing.assert_allclose(turned, arrays[f"{name}.{part}_rotated"], atol=1e-5, rtol=0)
+        elif name.endswith("float32"):
+            positions = torch.from_numpy(arrays[f"{name}.positions"])
+            angles = model.rotary(torch.stack((positions, positions))[None], torch.float32)
+            for cos, sin in angles:
+                for mine, theirs in ((cos, "cos"), (sin, "sin")):
+                    stored = arrays[f"{name}.{theirs}"]  # the angles twice
+                    np.testing.assert_allclose(torch.cat((mine, mine), -1)[0].numpy(), stored, atol=1e-6, rtol=0)
+        checked += 1
+    assert checked >= 3
+
+
+def test_rotary() -> None:
+    check_rotary(np.load(FIXTURES / "rotary" / "chatglm.npz"))
 
 
 @pytest.mark.parametrize("name", ["base", "pos1d"])
@@ -287,13 +382,16 @@ def test_config_switches(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["base", "pos1d"])
 def test_round_trip(tmp_path: Path, name: str) -> None:
-    """What is saved has the official names, the table twice or once, and loads again through both doors."""
+    """What is saved has the official names, the one table under both of them, and loads again through both doors."""
     folder = FIXTURES / "config_switches" / f"chatglm-{name}"
     first = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     first.save_pretrained(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["architectures"] == ["ChatGLMModel"]
     assert config["inner_hidden_size"] == first.config.inner_hidden_size
+    stored, official = load_file(tmp_path / "saved" / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert set(stored) == {tensor for tensor in official if not tensor.endswith("rotary_emb.inv_freq")}
+    assert all(torch.equal(tensor, official[of].float()) for of, tensor in stored.items())
     ids = torch.from_numpy(np.load(FIXTURES / "config_switches" / "arrays.npz")[f"chatglm-{name}.input_ids"])
     for again in (
         AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval(),
@@ -394,8 +492,6 @@ def test_quantise_save_and_load_again(tmp_path: Path, bits: int, embeddings: boo
 
 
 def test_a_folder_with_one_table_loads_too(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "one"
     shutil.copytree(FIXTURES / "config_switches" / "chatglm-base", folder)
     state = load_file(folder / "model.safetensors")
@@ -403,3 +499,136 @@ def test_a_folder_with_one_table_loads_too(tmp_path: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     model = glmkit.load(folder).model
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
+
+
+# --- invariants ---
+
+
+def a_model(name: str = "base", **kwargs: Any) -> ChatGLMForCausalLM:
+    folder = FIXTURES / "config_switches" / f"chatglm-{name}"
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **kwargs).eval()
+
+
+# Of the small vocabulary: [MASK] 300, [gMASK] 301, <sop> 304, <eop> 305, padding 3.
+ROWS = ([11, 12, 301, 304, 13, 14], [300, 15, 16, 17, 18, 304, 19], [20, 301, 304], [21, 300, 22, 301, 23, 304, 24, 25])
+
+
+def padded(rows: Any = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    return torch.tensor([[3] * (width - len(row)) + row for row in rows]), torch.tensor([width - len(r) for r in rows])
+
+
+@pytest.mark.parametrize("back_end", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["base", "pos1d"])
+def test_padded_batch_is_each_row_alone_and_cached_is_uncached(name: str, back_end: str) -> None:
+    model = a_model(name, attn_implementation=back_end)
+    ids, pads = padded()
+    further = torch.randint(10, 290, (len(ids), 5), generator=torch.Generator().manual_seed(0))
+    layout = model.input_layout(ids, pads)
+    width = ids.shape[1]
+    with torch.no_grad():
+        output = model(ids, **layout.prompt(0, width), use_cache=True)
+        pieces = [output.logits]
+        for step in range(5):
+            last = model(further[:, step : step + 1], **layout.step(), past_key_values=output.past_key_values)
+            pieces.append(last.logits)
+        together = torch.cat(pieces, dim=1)
+        for row, pad, more, found in zip(ROWS, pads.tolist(), further.tolist(), together):
+            alone = model(torch.tensor([row + more])).logits[0]
+            torch.testing.assert_close(found[pad:], alone, atol=ATOL, rtol=0)
+    assert together.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["base", "pos1d"])
+def test_generate_is_one_forward_pass_per_token(name: str) -> None:
+    """With and without a cache, with the positions worked out or given, the next token is that of the whole row."""
+    model = a_model(name)
+    for row in ROWS:
+        expected = list(row)
+        for _ in range(8):
+            with torch.no_grad():
+                expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+            if expected[-1] == 305:
+                break
+        ids = torch.tensor([row])
+        given = model.input_layout(ids, torch.tensor([0])).prompt(0, len(row))
+        for options in ({}, {"use_cache": False}, given, {"cache_implementation": "static"}):
+            found = model.generate(ids, do_sample=False, max_new_tokens=8, **options)
+            assert found[0].tolist() == expected
+
+
+def test_back_ends_and_checkpointing_have_the_same_gradients() -> None:
+    """Also where rows of padding see nothing: nothing is NaN."""
+    ids, pads = padded()
+    labels = torch.where(ids == 3, -100, ids)
+    gradients = []
+    for options, checkpointing in (({}, False), ({"attn_implementation": "eager"}, False), ({}, True)):
+        model = a_model(**options).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(ids, **model.input_layout(ids, pads).prompt(0, ids.shape[1]), labels=labels).loss
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient.isfinite().all(), name
+        for other in gradients[1:]:
+            torch.testing.assert_close(other[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_logits_of_some_positions_and_the_loss_of_labels() -> None:
+    model = a_model()
+    ids = torch.tensor([ROWS[0]])
+    labels = torch.tensor([[-100, -100, -100, -100, 13, 14]])
+    with torch.no_grad():
+        whole = model(ids).logits
+        torch.testing.assert_close(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+        torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([1, 4])).logits, whole[:, [1, 4]])
+        by_hand = torch.nn.functional.cross_entropy(whole[0, 3:5], labels[0, 4:], reduction="sum")
+        total, targets = model.label_loss(ids, labels)
+        torch.testing.assert_close(total, by_hand)
+        assert targets == 2
+        torch.testing.assert_close(model(ids, labels=labels).loss, by_hand / 2)
+        torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=8).loss, by_hand / 8)
+        torch.testing.assert_close(
+            model(None, inputs_embeds=model.get_input_embeddings()(ids), **given(model, ids)).logits, whole
+        )
+
+
+def given(model: ChatGLMForCausalLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return model.input_layout(ids, torch.zeros(len(ids), dtype=torch.int64)).prompt(0, ids.shape[1])
+
+
+def test_a_model_of_the_older_vocabulary_is_the_same_behind_its_pictures() -> None:
+    """20,000 rows more in front: the same text has ids that are 20,000 higher, and the same logits there."""
+    torch.manual_seed(0)
+    new, old = (ChatGLMForCausalLM(ChatGLMConfig.from_dict(sizes(vocab_size=n))).eval() for n in (130_528, 150_528))
+    state = {name: torch.randn_like(tensor) * 0.1 for name, tensor in new.state_dict().items()}
+    table = state.pop("lm_head.weight")
+    state["transformer.word_embeddings.weight"] = table
+    new.load_state_dict(state, strict=False)
+    old.load_state_dict(
+        state | {"transformer.word_embeddings.weight": torch.cat((torch.zeros(20_000, 16), table))}, False
+    )
+    ids = torch.tensor([[5, 74874, 130_001, 130_004, 77, 78]])
+    with torch.no_grad():
+        torch.testing.assert_close(old(ids + 20_000).logits[..., 20_000:], new(ids).logits)
+
+
+@pytest.mark.parametrize("left", ["both names", "the table alone"])
+def test_a_quantised_table_may_be_stored_once_or_twice(tmp_path: Path, left: str) -> None:
+    model = AutoModel.from_pretrained(FIXTURES / "config_switches" / "chatglm-base", dtype=torch.float16)
+    model.quantize(4).quantize(4, True)  # the table may follow; what is quantised stays as it is
+    model.quantize(4, True).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    tied = {"lm_head.weight", "lm_head.weight_scale"}
+    assert tied <= set(state)
+    assert state["lm_head.weight"].dtype == torch.int8
+    if left == "the table alone":
+        kept = {name: tensor for name, tensor in state.items() if name not in tied}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.tensor([ROWS[0]])
+    for again in (AutoModel.from_pretrained(tmp_path), glmkit.load(tmp_path, dtype="float16").model):
+        assert again.lm_head.weight is again.transformer.word_embeddings.weight
+        assert again.lm_head.weight_scale is again.transformer.word_embeddings.weight_scale
+        with torch.no_grad():
+            assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)

@@ -119,6 +119,13 @@ FACTS: dict[str, list[Fact]] = {
         ),
         ("get_seq_length() of the first layer", lambda: hf.DynamicCache().get_seq_length() == 0),
         (
+            "get_mask_sizes(query_length, layer_idx) with the number of keys first",
+            lambda: (
+                takes(hf.Cache.get_mask_sizes, "query_length", "layer_idx")
+                and hf.DynamicCache().get_mask_sizes(3, 0)[0] == 3
+            ),
+        ),
+        (
             "methods crop, reset, reorder_cache, batch_select_indices and batch_repeat_interleave that ask every layer",
             lambda: has_methods(
                 hf.Cache, "crop", "reset", "reorder_cache", "batch_select_indices", "batch_repeat_interleave"
@@ -163,6 +170,12 @@ FACTS: dict[str, list[Fact]] = {
                 streamer=0,
             ),
         ),
+        (
+            "prepare_inputs_for_generation(input_ids, past_key_values=, attention_mask=, ...) before every token",
+            lambda: takes(
+                hf.GenerationMixin.prepare_inputs_for_generation, "input_ids", past_key_values=0, attention_mask=0
+            ),
+        ),
     ],
     "GradientCheckpointingLayer": [
         ("a torch module", lambda: issubclass(hf.GradientCheckpointingLayer, torch.nn.Module)),
@@ -195,6 +208,10 @@ FACTS: dict[str, list[Fact]] = {
         (
             "methods post_init, save_pretrained, gradient_checkpointing_enable",
             lambda: has_methods(hf.PreTrainedModel, "post_init", "save_pretrained", "gradient_checkpointing_enable"),
+        ),
+        (
+            "save_pretrained(save_directory, is_main_process, state_dict, ...)",
+            lambda: takes(hf.PreTrainedModel.save_pretrained, "save_directory", "is_main_process", "state_dict"),
         ),
         ("the hook _init_weights(module)", lambda: takes(hf.PreTrainedModel._init_weights, "module")),
         (
@@ -305,8 +322,10 @@ def test_transformers_keeps_its_side(symbol: str, expected: str, holds: Callable
 def test_our_classes_override_no_private_hook() -> None:
     """Private methods of transformers come and go; `_init_weights` is the one it asks model classes to write."""
     from glmkit.engine.cache import BufferCache, BufferLayer
+    from glmkit.models.chatglm import ChatGLMForCausalLM, ChatGLMModel
     from glmkit.models.chatglm2 import ChatGLM2ForCausalLM, ChatGLM2ForSequenceClassification, ChatGLM2Model
     from glmkit.models.chatglm2_config import ChatGLM2Config
+    from glmkit.models.chatglm_config import ChatGLMConfig
     from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 
     ours = (
@@ -316,6 +335,9 @@ def test_our_classes_override_no_private_hook() -> None:
         ChatGLM2ForCausalLM,
         ChatGLM2ForSequenceClassification,
         ChatGLM2Model,
+        ChatGLMConfig,
+        ChatGLMForCausalLM,
+        ChatGLMModel,
         ChatGLMTokenizer,
     )
     overridden = set()
@@ -329,4 +351,4 @@ def test_our_classes_override_no_private_hook() -> None:
                 if callable(value) and name.startswith("_") and not name.startswith("__")
                 if any(name in vars(other) for other in foreign)
             }
-    assert overridden <= {"ChatGLM2PreTrainedModel._init_weights"}
+    assert overridden <= {"ChatGLM2PreTrainedModel._init_weights", "ChatGLMPreTrainedModel._init_weights"}

@@ -26,12 +26,13 @@ Modules and parameters carry the names of the official checkpoints, which store 
 Source: modeling_chatglm.py of ChatGLM-6B (2023-09-04). alpha is sqrt(2 * 28) for any number of layers there, because
 the block is not told how many there are. What differs on purpose: tensors are batch-first; rotary angles are computed
 in float32 (from frequencies rounded to float16, as officially); scores are scaled once, where the official code divides
-the queries by the layer's number and multiplies by it again; the loss stays in float32.
+the queries by the layer's number and multiplies by it again; the loss stays in float32; tokens after the prompt count
+on in the 1-D mode behind [gMASK] as they do in the prompt, where the official `generate` stays at the mask.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +45,18 @@ from glmkit.models.layers import ATTENTION, rotate_halves
 from glmkit.models.prefix_lm import (
     PrefixLayout,
     attention_mask,
+    blocked_so_far,
     context_length,
     mask_position,
     one_row_positions,
+    positions_so_far,
     two_row_positions,
     visible,
 )
 
 _ALPHA = 56**0.5
 
-Rotary = list[
-    tuple[Tensor, Tensor]
-]  # cos and sin for each row of positions, each (B, T, D/4) or, for one row, (B, T, D/2)
+Rotary = list[tuple[Tensor, Tensor]]  # cos and sin for each row of positions, (B, T, D/4); for a single one (B, T, D/2)
 Prefix = tuple[Tensor, Tensor]  # keys and values, each (B, H, P, D)
 Mask = tuple[Tensor | None, Tensor | None]  # what `prefix_lm.attention_mask` gives
 
@@ -215,7 +216,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             input_ids: (B, T) int64.
             position_ids: (B, 2, T), in the 1-D mode (B, T). None: worked out from the ids, padding included.
             attention_mask: (B, 1, T, S) bool, True where attention is BLOCKED, as in the official code. None: worked
-                out from the ids. Masks of other types are not looked at, as in the official code: with padding on the
+                out from the ids. Masks of other kinds are not looked at, as in the official code: with padding on the
                 left give the tokenizer's mask.
             past_key_values: Keys and values of earlier tokens; it is extended in place. Needs position_ids.
             inputs_embeds: (B, T, C) instead of the embeddings of input_ids, which are needed all the same where mask or
@@ -228,7 +229,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             last_hidden_state (B, T, C) after the final norm, past_key_values, hidden_states (num_layers + 1 tensors).
 
         Raises:
-            UsageError: A row has no mask token or no `<sop>`.
+            UsageError: A row has no mask token or no `<sop>`; or mask or positions do not fit the ids.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("give input_ids or inputs_embeds")
@@ -241,8 +242,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values = hf.DynamicCache(config=self.config)
         encoder = getattr(self, "prefix_encoder", None)
         prefixes: list[Any] = [None] * self.config.num_layers if encoder is None else encoder(x.shape[0])
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        seen, position_ids = self._seen_and_positions(input_ids, x, attention_mask, position_ids, past)
+        seen, position_ids = self._seen_and_positions(input_ids, x, attention_mask, position_ids, past_key_values)
         mask = self._mask(seen, x.dtype)
         rotary = self.rotary(position_ids, x.dtype)
         keeps_states = _either(output_hidden_states, self.config.output_hidden_states)
@@ -260,27 +260,29 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
 
     def _seen_and_positions(
-        self, ids: Tensor | None, x: Tensor, blocked: Tensor | None, positions: Tensor | None, past: int
+        self, ids: Tensor | None, x: Tensor, blocked: Tensor | None, positions: Tensor | None, cache: hf.Cache | None
     ) -> tuple[Tensor, Tensor]:
         """What may be seen, (B, 1, T, S) bool, and the positions; worked out from the ids where it is not given."""
         B, T, device = x.shape[0], x.shape[1], x.device
-        if blocked is not None and blocked.dtype != torch.bool:
-            blocked = None
+        past = int(cache.get_seq_length()) if cache is not None else 0
         if past and positions is None:
             raise UsageError(
                 "tokens behind a cache need position_ids: where they belong stands in the prompt, which is not here",
                 hint="use generate or glmkit.engine, which keep count",
             )
-        if blocked is None and past:
+        if _is_official_mask(blocked):
+            _check_shape("attention_mask", blocked, (B, 1, T, past + T))
+            seen = ~blocked
+        elif past:
             seen = torch.ones(B, 1, T, past + T, dtype=torch.bool, device=device).tril(past)
-        elif blocked is None:
+        else:
             columns = torch.arange(T, device=device)
             seen = visible(columns, columns, context_length(self._needed(ids), self._sop), columns.new_zeros(B))
-        else:
-            seen = ~blocked
         if positions is None:
             positions = self.positions(self._needed(ids))
-        return seen, positions
+        _check_shape("position_ids", positions, (B, 2, T) if self.config.position_encoding_2d else (B, T))
+        keys = past + T if cache is None else cache.get_mask_sizes(T, 0)[0]
+        return F.pad(seen, (0, keys - past - T)), positions  # some caches are wider than what is in them
 
     @staticmethod
     def _needed(ids: Tensor | None) -> Tensor:
@@ -454,10 +456,11 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, hf.GenerationMixin):
         Args:
             inputs: Prompts, (B, T) int64; also as `input_ids`.
             *args: See transformers.
-            **kwargs: See transformers. attention_mask (B, 1, T, T) bool and position_ids as the tokenizer gives them.
+            **kwargs: See transformers. attention_mask (B, 1, T, T) bool and position_ids as the tokenizer gives them;
+                masks and positions of other kinds are not looked at, as in the official code.
         """
         mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
-        if mask is not None and mask.dtype == torch.bool and mask.ndim == 4:
+        if _is_official_mask(mask):
             kwargs["prompt_mask"] = mask
         if positions is not None and positions.ndim == (3 if self.config.position_encoding_2d else 2):
             kwargs["prompt_positions"] = positions
@@ -467,6 +470,8 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, hf.GenerationMixin):
         self,
         input_ids: Tensor,
         past_key_values: hf.Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         prompt_mask: Tensor | None = None,
         prompt_positions: Tensor | None = None,
         use_cache: bool | None = None,
@@ -477,40 +482,77 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, hf.GenerationMixin):
         Args:
             input_ids: All ids so far, (B, S).
             past_key_values: Their cache, filled up to some token.
+            attention_mask: Like prompt_mask; those that transformers makes, which are of another kind, mean nothing.
+            position_ids: Like prompt_positions, if there are two rows of them.
             prompt_mask: The tokenizer's mask for the prompt, (B, 1, T, T) bool, True = blocked.
-            prompt_positions: The tokenizer's positions for the prompt.
+            prompt_positions: The tokenizer's positions for the prompt, (B, 2, T), in the 1-D mode (B, T).
             use_cache: Whether the model extends a cache.
-            **kwargs: Masks and positions that transformers makes, which have no meaning here.
+            **kwargs: What transformers counts for other models.
         """
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        S, device = input_ids.shape[1], input_ids.device
-        rows, columns = torch.arange(past, S, device=device), torch.arange(S, device=device)
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        S = input_ids.shape[1]
+        if prompt_mask is None and _is_official_mask(attention_mask):
+            prompt_mask = attention_mask
+        if prompt_positions is None and position_ids is not None and position_ids.ndim == 3:
+            prompt_positions = position_ids
         if prompt_positions is None:
             positions = self.transformer.positions(input_ids)
-        else:  # the answer belongs where the last token of the prompt belongs, one further each
-            further = (columns - prompt_positions.shape[-1] + 1).clamp(min=0)[prompt_positions.shape[-1] :]
-            positions = torch.cat(
-                (prompt_positions, prompt_positions[..., -1:].repeat_interleave(len(further), -1)), -1
-            )
-            if self.config.position_encoding_2d:
-                positions[:, 1, prompt_positions.shape[-1] :] += further
+        else:
+            positions = positions_so_far(prompt_positions, S)
         if prompt_mask is None:
-            seen = visible(
-                rows, columns, context_length(input_ids, self.transformer._sop), columns.new_zeros(len(input_ids))
-            )
-        else:  # the answer sees what the last token of the prompt sees, and what it has behind it
-            T = prompt_mask.shape[-1]
-            seen = torch.ones(len(input_ids), 1, S, S, dtype=torch.bool, device=device).tril()
-            seen[..., :T, :T] = ~prompt_mask
-            seen[..., T:, :T] = ~prompt_mask[:, :, -1:]
-            seen = seen[:, :, past:]
+            columns = torch.arange(S, device=input_ids.device)
+            context = context_length(input_ids, self.transformer._sop)
+            blocked = ~visible(columns[past:], columns, context, torch.zeros_like(context))
+        else:
+            blocked = blocked_so_far(prompt_mask, past, S)
         return {
             "input_ids": input_ids[:, past:],
             "position_ids": positions[..., past:],
-            "attention_mask": ~seen,
+            "attention_mask": blocked,
             "past_key_values": past_key_values,
             "use_cache": use_cache,
         }
+
+    # --- saving ---
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """`save_pretrained` of transformers, which would leave out the second name of the one table.
+
+        The official files have both, and tools that convert them look for `lm_head.weight`.
+
+        Args:
+            save_directory: Where to.
+            is_main_process: See transformers.
+            state_dict: What to save instead of the model's own state.
+            *args: See transformers.
+            **kwargs: See transformers.
+        """
+        state = dict(self.state_dict() if state_dict is None else state_dict)
+        for copy in self._tied_weights_keys:
+            if copy in state:
+                state[copy] = state[copy].clone()
+        super().save_pretrained(save_directory, is_main_process, state, *args, **kwargs)
+
+
+def _is_official_mask(mask: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a mask is of the kind that the official code looks at; it drops integers."""
+    return mask is not None and mask.dtype == torch.bool and mask.ndim == 4
+
+
+def _check_shape(name: str, given: Tensor, wanted: tuple[int, ...]) -> None:
+    """Dimensions of 1 may stand for all."""
+    if given.ndim != len(wanted) or any(size not in (1, right) for size, right in zip(given.shape, wanted)):
+        raise UsageError(
+            f"{name} has the shape {list(given.shape)}, expected {list(wanted)}",
+            hint="give what the tokenizer returns, or leave it out and give whole rows of ids",
+        )
 
 
 def _either(choice: bool | None, default: bool | None) -> bool:

@@ -134,6 +134,42 @@ def visible(rows: Tensor, columns: Tensor, context: Tensor, pads: Tensor) -> Ten
     return (seen & (columns >= pads) & (rows >= pads)).unsqueeze(1)
 
 
+def positions_so_far(prompt: Tensor, end: int) -> Tensor:
+    """Positions of a prompt, lengthened by those of its answer.
+
+    Args:
+        prompt: (B, 2, T), or (B, T) where there is one row of them.
+        end: Columns wanted, `S`.
+
+    Returns:
+        (B, 2, S), of which row 0 stays where it is and row 1 counts on; or (B, S), which goes on as its last step went.
+    """
+    last = prompt[..., -1:]
+    step = last.new_tensor([[0], [1]]) if prompt.ndim == 3 else (last > prompt[..., -2:-1]).long()
+    further = torch.arange(1, end - prompt.shape[-1] + 1, device=prompt.device)
+    return torch.cat((prompt, last + step * further), dim=-1)
+
+
+def blocked_so_far(prompt: Tensor, start: int, end: int) -> Tensor:
+    """A prompt's mask, lengthened by an answer that sees what the last token of the prompt sees, and itself so far.
+
+    Args:
+        prompt: (B, 1, T, T) bool, True = blocked.
+        start: First column that looks.
+        end: Column behind the last.
+
+    Returns:
+        (B, 1, end - start, end) bool, True = blocked.
+    """
+    prompt = prompt[..., :end, :end]
+    T = prompt.shape[-1]
+    answer = prompt[:, :, -1:].expand(-1, -1, end - max(start, T), -1)
+    columns = torch.arange(end, device=prompt.device)
+    behind = columns[T:] > columns[start:, None]  # (end - start, end - T)
+    looked_at = torch.cat((prompt[:, :, start:], answer), dim=2)  # (B, 1, end - start, T)
+    return torch.cat((looked_at, behind.expand(len(prompt), 1, -1, -1)), dim=-1)
+
+
 def attention_mask(seen: Tensor, dtype: torch.dtype, eager: bool) -> tuple[Tensor | None, Tensor | None]:
     """The form that `layers.ATTENTION` takes, for masks in which a row may see nothing.
 

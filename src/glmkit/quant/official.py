@@ -147,6 +147,8 @@ def is_quantised_layer(name: str) -> bool:
 def quantize_model(model: nn.Module, bits: int, *, embeddings: bool | None = None) -> nn.Module:
     """Replaces the linears of all blocks, one at a time, and notes it in the config: the official `.quantize(bits)`.
 
+    What is quantised already stays as it is.
+
     Args:
         model: A model of any family.
         bits: 4 or 8.
@@ -162,17 +164,15 @@ def quantize_model(model: nn.Module, bits: int, *, embeddings: bool | None = Non
     if bits not in (4, 8):
         raise UsageError(f"quantize({bits!r}): the official format has 4 or 8 bits", hint="quantize(4) or quantize(8)")
     present = getattr(model.config, "quantization_bit", 0) or 0
-    if present == bits and any(isinstance(module, OfficialQuantizedLinear) for module in model.modules()):
-        return model
     if present not in (0, bits):
         raise UsageError(f"the model is already quantised to {present} bits", hint="load the unquantised checkpoint")
     if embeddings is None:
         embeddings = bool(getattr(model.config, "quantization_embeddings", False))
-    if embeddings:
-        _quantize_embedding(model, bits)
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantised_layer(name)}
     for module in chosen.values():
         _check_columns(module.in_features, bits)
+    if embeddings:
+        _quantize_embedding(model, bits)
     for name in list(chosen):
         module = chosen.pop(name)  # its memory goes before the next is made
         model.set_submodule(name, OfficialQuantizedLinear.from_linear(module, bits))
@@ -183,6 +183,8 @@ def quantize_model(model: nn.Module, bits: int, *, embeddings: bool | None = Non
 def _quantize_embedding(model: nn.Module, bits: int) -> None:
     """Quantises the embedding of ChatGLM-6B; its output layer becomes the same packed table."""
     table = getattr(getattr(model, "transformer", None), "word_embeddings", None)
+    if isinstance(table, OfficialQuantizedEmbedding):
+        return
     if not isinstance(table, nn.Embedding) or not isinstance(getattr(model, "lm_head", None), nn.Linear):
         raise UsageError(
             f"the embedding of {type(model).__name__} cannot be quantised",
