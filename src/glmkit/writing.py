@@ -112,12 +112,26 @@ def write_text_atomic(path: str | os.PathLike[str], text: str, *, private: bool 
     Raises:
         OutputError: The file cannot be written.
     """
+    write_bytes_atomic(path, text.encode("utf-8", errors="backslashreplace"), private=private)
+
+
+def write_bytes_atomic(path: str | os.PathLike[str], data: bytes, *, private: bool = False) -> None:
+    """Writes a file that is seen either not at all or whole.
+
+    Args:
+        path: The file; an existing one is replaced.
+        data: Its content.
+        private: Whether only its owner may read it.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     target = Path(path)
     temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600 if private else 0o666)
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
