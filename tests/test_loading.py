@@ -201,7 +201,7 @@ def test_without_a_tokenizer_the_model_is_loaded_all_the_same(tmp_path: Path, ca
     assert loaded.tokenizer is None
     assert "has no tokenizer" in caplog.text
     assert torch.isfinite(logits(loaded.model)).all()
-    with pytest.raises(UsageError, match=r"tokenizer\.model"):
+    with pytest.raises(UsageError, match="has no tokenizer"):
         loaded.chat("你好")
 
 

@@ -385,3 +385,14 @@ def test_fetching(hub: Hub, tmp_path: Path) -> None:
     code = {name for name in fetched if name.endswith(".py")}
     assert code <= {"tokenization_chatglm.py", "modeling_chatglm.py"}  # as text, for signs of what the folder is
     assert not fetched & {"README.md", "training_args.json.exe"}
+
+
+@pytest.mark.parametrize("name", ["/nope", "./nope", "~/nope", "nope/", "a b/c"])
+def test_a_path_that_is_not_there_is_no_hub_id(name: str) -> None:
+    with pytest.raises(UsageError, match="no folder and no model is called"):
+        locate(name)
+
+
+def test_a_model_that_is_on_no_hub() -> None:
+    with pytest.raises(UsageError, match="glm-130b is not on this machine, and it is not on the hub"):
+        locate("glm-130b", download=True)

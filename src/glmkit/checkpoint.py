@@ -23,7 +23,7 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from glmkit.errors import CheckpointError
-from glmkit.pickles import MAX_DIMENSIONS, FileRefused, inspect_bin, printable
+from glmkit.pickles import MAX_DIMENSIONS, FileRefused, inspect_bin, inspect_training_file, printable
 
 logger = logging.getLogger("glmkit")
 
@@ -143,12 +143,14 @@ class Folder:
         path: The folder.
         config: The content of its config file.
         tensors: Name -> description of every tensor, in the order of the files.
+        training: What a training checkpoint (a .pt file) says beside its weights, such as the iteration.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self.training: dict[str, Any] = {}
         self._files: dict[str, io.FileIO] = {}
         try:
             self._directory = _Directory(path)
@@ -258,6 +260,44 @@ class Folder:
             except (FileRefused, OSError, ValueError) as error:
                 raise self._error(info.file, error) from error
             yield info.name, tensor
+
+    def read_part(self, name: str, dim: int, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Reads some rows or columns of a tensor; never more than they and one block of the file are in memory.
+
+        Args:
+            name: The tensor's name.
+            dim: 0 for rows, 1 for columns of a matrix.
+            ranges: Pairs (first, behind the last), in the order wanted.
+
+        Returns:
+            The rows or columns one behind the other (CPU, contiguous, the dtype of the file).
+
+        Raises:
+            CheckpointError: The file was changed after it was opened.
+        """
+        info = self.tensors[name]
+        if info.stride is not None and not _is_in_order(info.shape, info.stride):  # no file in use has such a tensor
+            [(_, whole)] = self.read([name])
+            return torch.cat([whole.narrow(dim, first, last - first) for first, last in ranges], dim)
+        row_bytes = math.prod(info.shape[1:]) * info.dtype.itemsize
+
+        def rows(first: int, last: int) -> torch.Tensor:
+            offset = info.offset_bytes + first * row_bytes
+            part = replace(info, shape=(last - first, *info.shape[1:]), stride=None, offset_bytes=offset)
+            return _read_tensor(self._files[info.file], part, drop_cache=False)
+
+        try:
+            if dim == 0:
+                parts = [rows(first, last) for first, last in ranges]
+                return torch.cat(parts) if len(parts) > 1 else parts[0]
+            at_once = max(1, READ_CHUNK_BYTES // max(1, row_bytes))
+            result = torch.empty(info.shape[0], sum(last - first for first, last in ranges), dtype=info.dtype)
+            for start in range(0, info.shape[0], at_once):
+                block = rows(start, min(start + at_once, info.shape[0]))
+                torch.cat([block[:, first:last] for first, last in ranges], 1, out=result[start : start + len(block)])
+            return result
+        except (FileRefused, OSError, ValueError) as error:
+            raise self._error(info.file, error) from error
 
     def _error(self, name: str, error: Exception) -> CheckpointError:
         hint = error.hint if isinstance(error, FileRefused) else None
@@ -467,9 +507,13 @@ def _inspect(folder: Folder, name: str) -> list[TensorInfo]:
     if name.endswith(".safetensors"):
         infos = _inspect_safetensors(name, file, size)
     else:
+        if name.endswith(".pt"):
+            views, folder.training = inspect_training_file(_reader(file), size)
+        else:
+            views = inspect_bin(_reader(file), size)
         infos = [
             TensorInfo(tensor, view.shape, view.dtype, name, view.offset_bytes, view.stride)
-            for tensor, view in inspect_bin(_reader(file), size).items()
+            for tensor, view in views.items()
         ]
     if len(infos) > MAX_TENSORS:
         raise FileRefused(f"has {len(infos)} tensors, at most {MAX_TENSORS} expected")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,11 @@ from glmkit.location import locate
 from glmkit.models.architectures import CONFIGS, config_class
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import CheckedConfig
+from glmkit.models.glm_config import GLMConfig
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import is_model_parallel, open_model_parallel
 from glmkit.tokenizers import has_tokenizer, load_tokenizer
-from glmkit.weights import check_model, load_model
+from glmkit.weights import Devices, check_model, load_model
 
 logger = logging.getLogger("glmkit")
 
@@ -104,9 +105,10 @@ def load(
     path: str | Path,
     adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "auto",
+    device: Any = "auto",
     quantize: str | None = None,
     *,
+    config: Mapping[str, Any] | None = None,
     family: str | None = None,
     revision: str | None = None,
     download: bool = False,
@@ -119,8 +121,12 @@ def load(
         adapter: A LoRA folder (PEFT) or a P-Tuning v2 checkpoint; which one it is, and its sizes, are read from it.
         dtype: "auto", "float32", "bfloat16", "float16" or a torch dtype. "auto" is the checkpoint's own; on a CPU
             float16, which CPUs compute slowly, becomes float32 below 1 GB of weights and bfloat16 above.
-        device: "auto" (the accelerator if there is one, else the CPU), "cpu", "cuda:1", "npu" …
+        device: "auto" (the accelerator if there is one, else the CPU), "cpu", "cuda:1", "npu" …; several devices
+            (["cuda:0", "cuda:1"]), "balanced" for all accelerators, or a table of modules to devices: whole blocks on
+            each.
         quantize: None, "official-int8" or "official-int4" (row-wise, done while loading).
+        config: Fields of config.json that the folder does not have. The original model-parallel checkpoints have none
+            and do not say the number of heads, which is known for released sizes only: {"num_attention_heads": 16}.
         family: Overrules the folder's own signs, e.g. "chatglm2-6b-32k" for a folder that does not say what it is.
         revision: Branch, tag or commit if the model comes from the hub.
         download: Whether a bare family name may be fetched.
@@ -142,45 +148,50 @@ def load(
     location = locate(path, download=download, revision=revision)
     bits = _bits(quantize)
     with ExitStack() as opened:
-        folder = opened.enter_context(open_model(location))
-        config = read_config(folder, row, overrule=family is not None)
+        folder = opened.enter_context(open_model(location, config))
+        checked = read_config(folder, row, overrule=family is not None)
         row = row or find_family(str(folder.config.get("_name_or_path", "")))
-        config._name_or_path = str(location)  # where PEFT and others look for the base, as after from_pretrained
+        checked._name_or_path = str(location)  # where PEFT and others look for the base, as after from_pretrained
         extra = opened.enter_context(adapters.open_adapter(Path(adapter))) if adapter is not None else None
         prefix = extra if extra is not None and adapters.is_prefix(extra) else None
         if prefix is not None:
-            adapters.size_prefix(config, prefix)
-        elif extra is not None and (bits or config.quantization_bit):
+            adapters.size_prefix(checked, prefix)
+        elif extra is not None and (bits or getattr(checked, "quantization_bit", 0)):
             raise UsageError(
                 "a LoRA adapter cannot be put on a model in the official quantised format",
                 hint="load both without quantize, or merge the adapter first and quantise the merged model",
             )
-        target = choose_device(device)
-        tokenizer = _load_tokenizer(folder, config)
+        target = choose_devices(device)
+        tokenizer = _load_tokenizer(folder, checked)
         model = load_model(
             folder,
-            LANGUAGE_MODELS[type(config)],
-            config,
-            choose_dtype(dtype, folder, target),
+            LANGUAGE_MODELS[type(checked)],
+            checked,
+            choose_dtype(dtype, folder, _first(target)),
             target,
             quantize=bits,
             prefix=prefix,
         )
         if extra is not None and prefix is None:
             adapters.add_lora(model, extra)
-    return Loaded(model, tokenizer, row, config, location, None if adapter is None else Path(adapter))
+    return Loaded(model, tokenizer, row, checked, location, None if adapter is None else Path(adapter))
 
 
-def open_model(location: Path) -> Folder:
+def open_model(location: Path, config: Mapping[str, Any] | None = None) -> Folder:
     """Opens a model's folder: one with a config.json, or one of the original model-parallel shards.
 
     Args:
         location: The folder.
+        config: Fields that complete its config.json.
 
     Raises:
         CheckpointError: Everything that is wrong with it.
     """
-    return open_model_parallel(location) if is_model_parallel(location) else open_folder(location)
+    if is_model_parallel(location):
+        return open_model_parallel(location, config=config)
+    folder = open_folder(location)
+    folder.config = {**folder.config, **(config or {})}
+    return folder
 
 
 def read_config(folder: Folder, family: Family | None = None, *, overrule: bool = False) -> CheckedConfig:
@@ -243,6 +254,34 @@ def choose_device(device: str | int | torch.device) -> torch.device:
     return chosen
 
 
+def choose_devices(device: Any) -> torch.device | Devices:
+    """One device, or what `weights.load_model` takes for several.
+
+    Args:
+        device: See `load`. transformers' words for several devices ("balanced", "sequential") mean all accelerators.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    if isinstance(device, Mapping):
+        places = {name: choose_device(place) for name, place in device.items()}
+        return next(iter(places.values())) if len(set(places.values())) == 1 else places
+    if isinstance(device, (list, tuple)):
+        return [choose_device(place) for place in device] if len(device) > 1 else choose_device(*device)
+    if device in ("balanced", "balanced_low_0", "sequential"):
+        several = torch.accelerator.is_available() and torch.accelerator.device_count() > 1
+        return "auto" if several else choose_device("auto")
+    return choose_device(device)
+
+
+def _first(device: torch.device | Devices) -> torch.device:
+    if isinstance(device, torch.device):
+        return device
+    if isinstance(device, str):
+        return choose_device("auto")
+    return torch.device(next(iter(device.values() if isinstance(device, Mapping) else device)))
+
+
 def choose_dtype(dtype: str | torch.dtype | None, folder: Folder, device: torch.device) -> torch.dtype:
     """The dtype meant by "auto", None or a name; see `load`.
 
@@ -274,6 +313,8 @@ def _load_tokenizer(folder: Folder, config: CheckedConfig) -> Any:
         raise
     if isinstance(config, ChatGLM2Config):
         config.generation = tokenizer.generation
+    if isinstance(config, GLMConfig):  # the official config names no token
+        config.sop_token_id, config.mask_token_ids = tokenizer.sop_token_id, list(tokenizer.mask_token_ids)
     return tokenizer
 
 
@@ -287,7 +328,7 @@ def _accept_synonyms(arguments: dict[str, Any], others: dict[str, Any]) -> dict[
         elif name in _SYNONYMS:
             arguments[_SYNONYMS[name]] = value
         else:
-            known = [*arguments, "family", "revision", "download", *_SYNONYMS]
+            known = [*arguments, "config", "family", "revision", "download", *_SYNONYMS]
             close = difflib.get_close_matches(name, known, n=1)
             meant = _SYNONYMS.get(close[0], close[0]) if close else None
             raise UsageError(f"load() has no argument {name!r}", hint=f"did you mean {meant}?" if meant else None)

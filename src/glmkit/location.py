@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +30,7 @@ _PATTERNS = [
 
 # A folder with one of these holds a model; the last two point to the shards of an original model-parallel checkpoint.
 _SIGNS = ("config.json", "latest", "latest_checkpointed_iteration.txt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ON_THE_HUB = ("zai-org/", "THUDM/")  # ModelScope's organisation has no repositories there
 
 
@@ -73,7 +75,7 @@ def locate(
             f"{family.name} is not on this machine, and it is not on the hub",
             hint="give the folder of its checkpoint, or GLMKIT_MODELS=FOLDER that has it",
         )
-    if family is None and text.count("/") != 1:
+    if family is None and (text.count("/") != 1 or not _HUB_ID.fullmatch(text)):
         raise _unknown(text)
     hub_id = text if family is None or text.startswith(_ON_THE_HUB) else family.hub_id
     cached = _in_hub_cache(hub_id, family, revision, hub.get("cache_dir"))

@@ -48,6 +48,14 @@ _ORDERED_DICT = "collections.OrderedDict"
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
 _ALLOWED = {*_STORAGE_DTYPES, _ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER}
+# What else stands in a training checkpoint: arguments, random states, sets of names. It is recognised, never built.
+_INERT = {
+    *("argparse.Namespace", "collections.defaultdict", "collections.deque", "_codecs.encode", "torch.Size"),
+    *("builtins.set", "builtins.list", "builtins.dict", "__builtin__.set", "__builtin__.list", "__builtin__.dict"),
+    *("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "torch.device"),
+    *("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.half", "torch.float"),
+}
 
 
 class FileRefused(Exception):
@@ -100,6 +108,35 @@ def inspect_bin(read: ReadBytes, file_bytes: int) -> dict[str, BinTensor]:
     Raises:
         FileRefused: The file is no such archive, asks for anything but tensors, or describes data it does not have.
     """
+    return _require_tensors(_described_value(read, file_bytes, more_than_tensors=False))
+
+
+def inspect_training_file(read: ReadBytes, file_bytes: int) -> tuple[dict[str, BinTensor], dict[str, Any]]:
+    """Lists the tensors of a training checkpoint, `{"module": {name: tensor}, "iteration": 1000, …}`.
+
+    Nothing is run here either. What else such files hold (arguments, states of random generators and optimisers) is
+    recognised by its name and left out; what is not recognised is refused.
+
+    Args:
+        read: Reads (offset, length) from the file.
+        file_bytes: The size of the file.
+
+    Returns:
+        Name -> where the tensor lies, for the dictionary "module" in the order of the file; and the file's other
+        entries that are plain values (numbers, text, None, and lists and dictionaries of them).
+
+    Raises:
+        FileRefused: The file is no such archive, or asks for anything but that.
+    """
+    value = _described_value(read, file_bytes, more_than_tensors=True)
+    if not isinstance(value, dict) or not isinstance(value.get("module"), dict):
+        found = ", ".join(printable(str(key)) for key in list(value)[:8]) if isinstance(value, dict) else _kind(value)
+        raise FileRefused(f"has no dictionary 'module' of tensors; found: {found or 'nothing'}")
+    others = {key: item for key, item in value.items() if key != "module" and isinstance(key, str) and _is_plain(item)}
+    return _require_tensors(value["module"]), others
+
+
+def _described_value(read: ReadBytes, file_bytes: int, *, more_than_tensors: bool) -> Any:
     _require_zip(read, file_bytes)
     entries = _data_entries(_zip_entries(read, file_bytes))
     if "byteorder" in entries:
@@ -108,8 +145,11 @@ def inspect_bin(read: ReadBytes, file_bytes: int) -> dict[str, BinTensor]:
             raise FileRefused(f"has byte order {order!r}, only b'little' is supported", hint=RESAVE_HINT)
     if "data.pkl" not in entries:
         raise FileRefused("is a zip file without data.pkl, so not written by torch.save")
-    machine = _Machine(entries)
-    value = machine.run(_entry_bytes(read, entries["data.pkl"], limit_bytes=MAX_PICKLE_BYTES))
+    machine = _Machine(entries, more_than_tensors=more_than_tensors)
+    return machine.run(_entry_bytes(read, entries["data.pkl"], limit_bytes=MAX_PICKLE_BYTES))
+
+
+def _require_tensors(value: Any) -> dict[str, BinTensor]:
     if not isinstance(value, dict):
         raise FileRefused(f"holds a {_kind(value)}, expected a dictionary of tensors")
     for name, tensor in value.items():
@@ -270,8 +310,13 @@ _LITERALS = {
     *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 }
+_BYTES = ("SHORT_BINBYTES", "BINBYTES")
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+class _Unbuilt:
+    """Stands for an object of a training checkpoint that is recognised by its name and never built."""
 
 
 class _Machine:
@@ -279,10 +324,13 @@ class _Machine:
 
     Args:
         entries: The archive's entries without the common prefix, to look storages up.
+        more_than_tensors: Whether the harmless objects of training checkpoints may stand beside the tensors.
     """
 
-    def __init__(self, entries: dict[str, _Entry]) -> None:
+    def __init__(self, entries: dict[str, _Entry], *, more_than_tensors: bool = False) -> None:
         self._entries = entries
+        self._allowed = _ALLOWED | _INERT if more_than_tensors else _ALLOWED
+        self._more_than_tensors = more_than_tensors
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -330,12 +378,13 @@ class _Machine:
             self._set_items(items)
         elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else self._pop_mark()
-            self._expect(self._stack[-1], list, name).extend(items)
+            if type(self._stack[-1]) is not _Unbuilt:
+                self._expect(self._stack[-1], list, name).extend(items)
         elif name in ("GLOBAL", "INST"):
-            stack.append(_allowed_global(*argument.split(" ", 1)))
+            stack.append(self._global(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
             attribute, module = stack.pop(), stack.pop()
-            stack.append(_allowed_global(self._expect(module, str, name), self._expect(attribute, str, name)))
+            stack.append(self._global(self._expect(module, str, name), self._expect(attribute, str, name)))
         elif name == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
             stack.append(self._call(function, self._expect(arguments, tuple, name)))
@@ -343,16 +392,34 @@ class _Machine:
             stack.append(self._storage(stack.pop()))
         elif name == "BUILD":
             # A state_dict carries module versions as an attribute; nothing here needs them.
-            self._expect(stack.pop(), dict, name)
-            self._expect(stack[-1], dict, name)
+            state = stack.pop()
+            if type(stack[-1]) is not _Unbuilt:
+                self._expect(state, dict, name)
+                self._expect(stack[-1], dict, name)
+        elif self._more_than_tensors and name in _BYTES:
+            stack.append(argument)
+        elif self._more_than_tensors and name == "NEWOBJ":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(self._call(function, self._expect(arguments, tuple, name)))
         elif name not in ("PROTO", "FRAME"):
             raise FileRefused(f"has the pickle instruction {name}, which torch.save never writes for tensors")
+
+    def _global(self, module: str, attribute: str) -> _Global:
+        name = f"{module}.{attribute}"
+        if name not in self._allowed:
+            raise FileRefused(
+                f"asks to run {printable(name)}; a file of weights may only hold tensors",
+                hint="do not load this file with torch.load; get the weights as safetensors from a source you trust",
+            )
+        return _Global(name)
 
     def _pop_mark(self) -> list[Any]:
         items, self._stack = self._stack, self._outer.pop()
         return items
 
     def _set_items(self, items: list[Any]) -> None:
+        if type(self._stack[-1]) is _Unbuilt:
+            return
         target = self._expect(self._stack[-1], dict, "SETITEMS")
         if len(items) % 2:
             raise ValueError("a key without a value")
@@ -371,6 +438,8 @@ class _Machine:
 
     def _call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         name = self._expect(function, _Global, "REDUCE").name
+        if name in _INERT:
+            return _Unbuilt()
         if name == _ORDERED_DICT and not arguments:
             return {}
         if name == _REBUILD_PARAMETER and len(arguments) == 3:
@@ -397,14 +466,19 @@ class _Machine:
         return _Storage(dtype, elements, entry.offset)
 
 
-def _allowed_global(module: str, attribute: str) -> _Global:
-    name = f"{module}.{attribute}"
-    if name not in _ALLOWED:
-        raise FileRefused(
-            f"asks to run {printable(name)}; a file of weights may only hold tensors",
-            hint="do not load this file with torch.load; get the weights as safetensors from a source you trust",
-        )
-    return _Global(name)
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, text, None, or a list or dictionary of them."""
+    seen: set[int] = set()  # a pickle can put a list into itself
+    left = [value]
+    while left:
+        item = left.pop()
+        if type(item) in (list, tuple, dict):
+            if id(item) not in seen:
+                seen.add(id(item))
+                left += item.values() if type(item) is dict else item
+        elif item is not None and type(item) not in (str, int, float, bool):
+            return False
+    return True
 
 
 def _view(storage: Any, offset: Any, shape: Any, stride: Any) -> BinTensor:

@@ -8,6 +8,7 @@ load_model                  one tensor at a time into its dtype, device and, if 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from glmkit import hf
 from glmkit.checkpoint import Folder, check_tensors
 from glmkit.errors import CheckpointError, UsageError
 from glmkit.models.checked_config import CheckedConfig
+from glmkit.models.glm import official_name
+from glmkit.models.glm_network import GLMPreTrainedModel
+from glmkit.placement import device_of, place_layers, plan_layers
 from glmkit.quant.official import OfficialQuantizedLinear, is_quantised_layer, quantize_model, quantize_rows
+
+Devices = Sequence[torch.device | str | int] | Mapping[str, torch.device | str | int] | str
+"""Devices in the order of the blocks, a table of modules to devices, or "auto" for all accelerators."""
 
 
 def load_model(
@@ -25,7 +32,7 @@ def load_model(
     cls: type[Any],
     config: CheckedConfig,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Devices,
     *,
     quantize: int | None = None,
     prefix: Folder | None = None,
@@ -37,7 +44,7 @@ def load_model(
         cls: Which model class.
         config: Its config.
         dtype: Floating dtype of the result (quantised weights and their scales keep theirs).
-        device: Where the tensors go.
+        device: Where the tensors go; or several devices, or a table of modules to devices, for whole blocks on each.
         quantize: 4 or 8 to quantise each block's linears as they are read.
         prefix: An opened P-Tuning checkpoint whose tensors complete the folder's.
 
@@ -58,17 +65,29 @@ def load_model(
     if prefix is not None:
         check_tensors(prefix, {n: tuple(t.shape) for n, t in model.state_dict().items() if ".prefix_encoder." in n})
     bits = quantize if quantize != stored_bits else None
+    places = {"": device} if isinstance(device, torch.device) else _table(model, device, dtype, bits)
     for source in (folder, prefix) if prefix is not None else (folder,):
         names = own_names(source, model)
         for stored, tensor in source.read(names):
-            _place(model, names[stored], tensor, dtype, device, bits)
+            place = device_of(names[stored], places)
+            assert place is not None
+            _place(model, names[stored], tensor, dtype, place, bits)
     for copy, table in _tied(model).items():
         owner, _, leaf = copy.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = model.get_parameter(table)
     if bits:
         model.config.quantization_bit = bits
+    if len(set(places.values())) > 1:
+        place_layers(model, places)
     hf.set_generation_config(model, folder.read_object("generation_config.json"))
     return model.eval()
+
+
+def _table(model: nn.Module, devices: Devices, dtype: torch.dtype, bits: int | None) -> dict[str, torch.device]:
+    """Which module goes to which device."""
+    if not isinstance(devices, Mapping):
+        return plan_layers(model, devices, dtype=dtype, quantize=bits)
+    return {name: torch.device(device) for name, device in devices.items()}
 
 
 def own_names(folder: Folder, model: nn.Module) -> dict[str, str]:
@@ -90,7 +109,9 @@ def own_names(folder: Folder, model: nn.Module) -> dict[str, str]:
     names = {}
     for stored in folder.tensors:
         name = stored
-        if stored not in state and start + stored in state:
+        if isinstance(model, GLMPreTrainedModel):
+            name = official_name(stored, state)
+        elif stored not in state and start + stored in state:
             name = start + stored
         elif stored not in state and stored.removeprefix(start) in state:
             name = stored.removeprefix(start)

@@ -41,35 +41,33 @@ Prefix = tuple[Tensor, Tensor]  # keys and values, each (B, K, P, D)
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with half-rotated heads."""
+    """Grouped-query attention with half-rotated heads, as many as the weights have: a part of a model has fewer."""
 
     def __init__(self, config: ChatGLM2Config, layer_index: int) -> None:
         super().__init__()
         self.layer_index = layer_index
-        self.heads, self.groups = config.num_attention_heads, config.multi_query_group_num
         self.width = config.kv_channels
-        self.query_size, self.key_size = self.heads * self.width, self.groups * self.width
+        queries, keys = config.num_attention_heads * self.width, config.multi_query_group_num * self.width
         bias = config.add_bias_linear
-        self.query_key_value = nn.Linear(
-            config.hidden_size, self.query_size + 2 * self.key_size, bias=bias or config.add_qkv_bias
-        )
-        self.dense = nn.Linear(self.query_size, config.hidden_size, bias=bias)
+        self.query_key_value = nn.Linear(config.hidden_size, queries + 2 * keys, bias=bias or config.add_qkv_bias)
+        self.dense = nn.Linear(queries, config.hidden_size, bias=bias)
         self.attend = ATTENTION[config._attn_implementation or "sdpa"]
 
     def forward(
         self, x: Tensor, mask: Tensor | None, rotary: Rotary, cache: hf.Cache | None, prefix: Prefix | None
     ) -> Tensor:
-        B, T, _ = x.shape
-        q, k, v = self.query_key_value(x).split((self.query_size, self.key_size, self.key_size), dim=-1)
-        q = rotate_pairs(q.view(B, T, self.heads, self.width), *rotary).transpose(1, 2)  # (B, H, T, D)
-        k = rotate_pairs(k.view(B, T, self.groups, self.width), *rotary).transpose(1, 2)  # (B, K, T, D)
-        v = v.view(B, T, self.groups, self.width).transpose(1, 2)  # (B, K, T, D)
+        packed, queries = self.query_key_value(x), self.dense.in_features
+        keys = (packed.shape[-1] - queries) // 2
+        q, k, v = (part.unflatten(-1, (-1, self.width)) for part in packed.split((queries, keys, keys), dim=-1))
+        q = rotate_pairs(q, *rotary).transpose(1, 2)  # (B, H, T, D)
+        k = rotate_pairs(k, *rotary).transpose(1, 2)  # (B, K, T, D)
+        v = v.transpose(1, 2)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)  # (B, K, S, D)
         if prefix is not None:  # in front of all tokens, never rotated, never in the cache
             k = torch.cat((prefix[0].to(k.dtype), k), dim=2)  # (B, K, P+S, D)
             v = torch.cat((prefix[1].to(v.dtype), v), dim=2)
-        return self.dense(self.attend(q, k, v, mask).reshape(B, T, self.query_size))
+        return self.dense(self.attend(q, k, v, mask).flatten(2))
 
 
 class MLP(nn.Module):
