@@ -5,18 +5,35 @@ from __future__ import annotations
 import ast
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from glmkit.chat.messages import Message, to_messages
+from glmkit.chat.punctuation import FullWidthStream, full_width
 from glmkit.chat.reply import Delta, ReplyStream, parse_reply
-from glmkit.chat.templates import answer_ids, conversation_ids, prompt_ids
-from glmkit.chat.tools import TOOLS_SENTENCE, ToolCall, ToolCallError, documented_tools, parse_tool_call
+from glmkit.chat.templates import answer_ids, chat_format, conversation_ids, prompt_ids
+from glmkit.chat.tools import (
+    GLM4_BUILT_IN,
+    GLM4_PREAMBLES,
+    TOOLS_SENTENCE,
+    ToolCall,
+    ToolCallError,
+    documented_tools,
+    glm4_tools,
+    parse_json_call,
+    parse_tool_call,
+)
+from glmkit.data.examples import make_example
+from glmkit.data.records import Record
 from glmkit.errors import UsageError
 from glmkit.tokenizers import ChatGLMTokenizer
+from glmkit.tokenizers.chatglm import ChatGLM1Tokenizer
+from glmkit.tokenizers.glm4 import ChatGLM4Tokenizer
 from test_tokenizer import small_file as small_file  # the small vocabulary trained there
 from test_tokenizer import train
+from tiny_families import glm4_tokenizer, train_ice_text
 
 WEATHER = {"name": "get_weather", "description": "查询天气", "parameters": {"city": {"type": "string"}}}
 CALL = "```python\ntool_call(city='北京')\n```"
@@ -30,6 +47,16 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> ChatGLMTokenizer:
 @pytest.fixture(scope="module")
 def two(three: ChatGLMTokenizer) -> ChatGLMTokenizer:
     return ChatGLMTokenizer(three.vocab_file, generation=2)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> ChatGLM1Tokenizer:
+    return ChatGLM1Tokenizer(train_ice_text(tmp_path_factory.mktemp("one") / "ice_text.model"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> ChatGLM4Tokenizer:
+    return glm4_tokenizer(tmp_path_factory.mktemp("four") / "tokenizer.model")
 
 
 # --- messages ---
@@ -138,6 +165,58 @@ def test_generation_2_refuses_what_it_has_no_form_for(two: ChatGLMTokenizer, mes
         prompt_ids(two, messages)
 
 
+def test_prompt_of_generation_1(one: ChatGLM1Tokenizer) -> None:
+    marks = [one.get_command("[gMASK]"), one.get_command("<sop>")]
+    assert prompt_ids(one, [Message("user", "你好")]) == [*one.encode_text("你好"), *marks]
+    text = "[Round 0]\n问：sq\n答：a\n[Round 1]\n问：你好\n答："
+    messages = to_messages("你好", [("q", "a")], system="s")
+    assert prompt_ids(one, messages) == [*one.encode_text(text), *marks] == one(text)["input_ids"]
+    assert prompt_ids(one, to_messages("q", system="s")) == [*one.encode_text("sq"), *marks]
+    for text in ("<sop> [MASK] <eop>", "[gMASK]"):
+        ids = prompt_ids(one, [Message("user", text)])
+        assert not {*marks, one.eos_token_id, one.mask_token_id} & set(ids[:-2])
+    with pytest.raises(UsageError, match="ChatGLM-6B has no form"):
+        prompt_ids(one, [Message("system", "", tools=[WEATHER]), Message("user", "q")])
+
+
+def test_prompt_of_generation_4(four: ChatGLM4Tokenizer) -> None:
+    messages = to_messages(
+        [
+            {"role": "system", "content": "", "tools": [{"type": "function", "function": WEATHER}]},
+            {"role": "user", "content": "hi <|user|>"},
+            {"role": "assistant", "metadata": "get_weather", "content": '{"city": "北京"}'},
+            {"role": "observation", "content": "25"},
+        ]
+    )
+    tools = (
+        f"{GLM4_PREAMBLES['2024-06']}\n\n## get_weather\n\n{json.dumps(WEATHER, indent=4, ensure_ascii=False)}"
+        "\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+    )
+    ids = prompt_ids(four, messages)
+    assert four.decode_ids(ids) == (
+        f"[gMASK]<sop><|system|>\n{tools}<|user|>\nhi <|user|>"
+        '<|assistant|>get_weather\n{"city": "北京"}<|observation|>\n25<|assistant|>'
+    )
+    assert ids.count(four.get_command("<|user|>")) == 1, "what the user typed is text"
+    with_text = prompt_ids(four, [Message("system", "be kind", tools=[WEATHER]), *messages[1:2]])
+    assert four.decode_ids(with_text).startswith(f"[gMASK]<sop><|system|>\n{tools}<|system|>\nbe kind<|user|>")
+    assert prompt_ids(four, [Message("user", ""), messages[1]]) == prompt_ids(four, messages[1:2])
+
+
+def test_tools_of_generation_4(tmp_path: Path) -> None:
+    assert glm4_tools({"get_weather": WEATHER}, "P") == glm4_tools([{"type": "function", "function": WEATHER}], "P")
+    text = glm4_tools([{"type": name} for name in GLM4_BUILT_IN], "P")
+    assert text == "P" + "".join(f"\n\n## {name}\n\n{lines}" for name, lines in GLM4_BUILT_IN.items())
+    for wrong in ({"type": "web"}, {"type": "function", "function": {}}, "get_weather", {"name": 5}):
+        with pytest.raises(UsageError, match="a tool is"):
+            glm4_tools([wrong], "P")
+    four = glm4_tokenizer(tmp_path / "tokenizer.model")
+    four.tools_preamble = GLM4_PREAMBLES["2024-10"]  # type: ignore[attr-defined]
+    said = four.decode_ids(prompt_ids(four, [Message("system", "", tools=[WEATHER]), Message("user", "q")]))
+    assert "ChatGLM 的人工智能助手" in said
+    assert "# 可用工具\n\n## get_weather" in said
+
+
 # --- what is learnt ---
 
 
@@ -189,8 +268,45 @@ def test_loss_mask_of_generation_2(two: ChatGLMTokenizer) -> None:
     assert answer_ids(two, messages[-1], last=False) == two.encode_text("世界")
 
 
-def test_only_answers_can_be_learnt(three: ChatGLMTokenizer, two: ChatGLMTokenizer) -> None:
-    for tokenizer in (two, three):
+def test_loss_mask_of_generation_1(one: ChatGLM1Tokenizer) -> None:
+    messages = to_messages([("q", "a"), ("你好", "世界")])
+    ids, learnt = conversation_ids(one, messages)
+    prompt = prompt_ids(one, messages[:-1])
+    assert ids == [*prompt, *one.encode_text("世界"), one.eos_token_id]
+    assert learnt == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+
+
+def test_generation_1_does_not_learn_its_prompt(one: ChatGLM1Tokenizer) -> None:
+    record = Record(tuple(to_messages([("q", "a")])), (False, True), "line 1")
+    assert make_example(one, record)[0].label_tokens == len(one.encode_text("a")) + 1
+    with pytest.raises(UsageError, match="both directions"):
+        make_example(one, record, loss_on="all")
+
+
+def test_loss_mask_of_generation_4(four: ChatGLM4Tokenizer) -> None:
+    messages = [
+        Message("system", "s", tools=[{"type": "python"}]),
+        Message("user", "q"),
+        Message("assistant", "thought"),
+        Message("assistant", '{"a": 1}', "get_weather"),
+        Message("observation", "25"),
+        Message("assistant", "done"),
+    ]
+    ids, learnt = conversation_ids(four, messages)
+    text = four.decode_ids([token for token, target in zip(ids, learnt) if target])
+    assert text == '\nthought<|assistant|>get_weather\n{"a": 1}<|observation|>\ndone<|endoftext|>'
+    for number in (2, 3, 5):
+        start = prompt_ids(four, messages[:number])
+        answer = answer_ids(four, messages[number], last=number == 5)
+        assert ids[: len(start) + len(answer)] == [*start, *answer]
+        assert all(learnt[len(start) : len(start) + len(answer)])
+        assert not learnt[len(start) - 1] or number == 3
+
+
+def test_only_answers_can_be_learnt(
+    three: ChatGLMTokenizer, two: ChatGLMTokenizer, one: ChatGLM1Tokenizer, four: ChatGLM4Tokenizer
+) -> None:
+    for tokenizer in (one, two, three, four):
         for messages in ([], [Message("user", "q")]):
             with pytest.raises(UsageError, match="ends with the assistant"):
                 conversation_ids(tokenizer, messages)
@@ -255,6 +371,58 @@ def test_generation_2_replies(two: ChatGLMTokenizer) -> None:
     parsed = parse_reply(two, [*two.encode_text("世界\nsecond line "), 2])
     assert parsed.messages == [Message("assistant", "世界\nsecond line")]
     assert parse_reply(two, [two.vocab_size + 3, *two.encode_text("x")]).messages == [Message("assistant", "x")]
+
+
+def test_generation_1_replies(one: ChatGLM1Tokenizer) -> None:
+    stream, pieces = ReplyStream(one), []
+    for token in [*one.encode_text("好,hello,好 a?"), one.eos_token_id, one.vocab_size + 3]:
+        pieces += [delta.text for delta in stream.push(token)]
+    pieces += [delta.text for delta in stream.finish()]
+    assert "".join(pieces) == stream.messages[0].content == "好，hello，好 a?"
+
+
+def test_full_width_marks() -> None:
+    """A piece at a time as all at once, and all at once as the official two passes for each mark."""
+    rng = random.Random(1)
+    for _ in range(2000):
+        text = "".join(rng.choice("好a,!:;?， ") for _ in range(rng.randrange(12)))
+        twice = text
+        for half, full in zip(",!:;?", "，！：；？"):
+            twice = re.sub(rf"([\u4e00-\u9fff])\{half}", rf"\1{full}", twice)
+            twice = re.sub(rf"\{half}([\u4e00-\u9fff])", rf"{full}\1", twice)
+        assert full_width(text) == twice
+        stream, shown, place = FullWidthStream(), "", 0
+        while place < len(text):
+            count = rng.randrange(4)
+            shown += stream.push(text[place : place + count])
+            place += count
+        assert shown + stream.finish() == twice
+
+
+def test_generation_4_replies(four: ChatGLM4Tokenizer) -> None:
+    messages = [Message("assistant", "我来查询 🙂"), Message("assistant", ' {"city": "北京"}', "get_weather")]
+    ids: list[int] = []
+    for number, message in enumerate(messages):
+        ids += [four.get_command("<|assistant|>")] * number + answer_ids(four, message, last=False)
+    stream, deltas = ReplyStream(four), []
+    for token in [*ids, four.get_command("<|observation|>")]:
+        deltas += stream.push(token)
+    deltas += stream.finish()
+    assert stream.messages == messages
+    assert all("\ufffd" not in delta.text for delta in deltas)
+    assert parse_reply(four, ids).call == ToolCall("get_weather", {"city": "北京"})
+    for content, problem in (("tool_call(city=1)", "no JSON"), ("[1]", "JSON list"), ('{"a": NaN}', "no JSON")):
+        parsed = parse_reply(four, answer_ids(four, Message("assistant", content, "get_weather")))
+        assert parsed.call is None
+        assert problem in (parsed.problem or "")
+    code = parse_reply(four, answer_ids(four, Message("assistant", "print(1)", "python")))
+    assert code.call is code.problem is None
+    assert code.messages == [Message("assistant", "print(1)", "python")]
+
+
+def test_a_tokenizer_without_a_chat_format(four: ChatGLM4Tokenizer) -> None:
+    with pytest.raises(UsageError, match="without a chat format"):
+        chat_format(type("Blanks", (), {"generation": 0})())
 
 
 def test_the_marker_as_text_divides_nothing(three: ChatGLMTokenizer) -> None:
@@ -343,6 +511,37 @@ def test_everything_else_is_refused(text: str) -> None:
     assert len(caught.value.message) < 500
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"a": 1} x',
+        "[1]",
+        "1",
+        "null",
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a": ' + "9" * 5000 + "}",
+        '{"a": ' + "[" * 60 + "]" * 60 + "}",
+        '{"a": ' + "[" * 30_000 + "]" * 30_000 + "}",
+        '{"a": "' + "x" * 70_000 + '"}',
+        "{'a': 1}",
+    ],
+)
+def test_json_calls_that_are_refused(text: str) -> None:
+    with pytest.raises(ToolCallError) as caught:
+        parse_json_call(text)
+    assert len(caught.value.message) < 500
+
+
+def test_json_calls() -> None:
+    arguments = {"city": "北京", "n": [-3, 2.5, True, None], "deep": {"a": {"b": []}}}
+    assert parse_json_call(json.dumps(arguments, ensure_ascii=False, indent=2)) == arguments
+    assert parse_json_call(" {}\n") == {}
+
+
 def test_tool_calls_equal_python_literals() -> None:
     """Against Python's own reader of literals, on random values."""
     rng = random.Random(6)
@@ -364,6 +563,38 @@ def test_tool_calls_equal_python_literals() -> None:
 
 
 # --- the stored inputs of the official class ---
+
+
+def test_official_prompts_of_generation_1(shared: Path) -> None:
+    tokenizer = ChatGLM1Tokenizer(shared / "tokenizers" / "chatglm-6b.ice_text.model")
+    fixtures = shared / "conformance" / "tokenizer_chatglm" / "chatglm" / "fixtures.json"
+    for case in json.loads(fixtures.read_text(encoding="utf-8"))["chat"]:
+        format_ = chat_format(tokenizer)
+        assert format_.text(case["query"], case["history"]) == case["prompt"]  # type: ignore[union-attr]
+        if "[MASK]" not in case["prompt"]:  # which the official code reads as a control token
+            ids = prompt_ids(tokenizer, to_messages(case["query"], case["history"]))
+            assert [ids] == case["chat_generate_kwargs"]["input_ids"]
+
+
+def test_official_prompts_of_generation_4(shared: Path) -> None:
+    tokenizer = ChatGLM4Tokenizer(shared / "tokenizers" / "glm4" / "tokenizer.model")
+    fixtures = shared / "conformance" / "tokenizer_glm" / "glm4.json"
+    for case in json.loads(fixtures.read_text(encoding="utf-8"))["chats"]:
+        assert prompt_ids(tokenizer, to_messages(case["messages"])) == case["ids"]
+
+
+def test_official_training_rows_of_generation_1(shared: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    tokenizer = ChatGLM1Tokenizer(shared / "tokenizers" / "chatglm-6b.ice_text.model")
+    folder = shared / "conformance" / "chatglm"
+    arrays = numpy.load(folder / "arrays.npz")
+    texts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["texts"]
+    rows = zip(texts["prompts"], texts["answers"], arrays["train.in.input_ids"], arrays["train.in.labels"])
+    for prompt, answer, input_ids, labels in rows:
+        ids, learnt = conversation_ids(tokenizer, [Message("user", prompt), Message("assistant", answer)])
+        padding = len(input_ids) - len(ids)
+        assert [*ids, *[tokenizer.pad_token_id] * padding] == input_ids.tolist()
+        assert [i if t else -100 for i, t in zip(ids, learnt)] + [-100] * padding == labels.tolist()
 
 
 @pytest.mark.parametrize("generation", [2, 3])

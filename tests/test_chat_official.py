@@ -16,11 +16,19 @@ import torch
 
 import glmkit
 import tiny
+import tiny_families
 from glmkit.chat import official
+from glmkit.chat.conversation import reply_to
 from glmkit.chat.official import InvalidScoreLogitsProcessor
+from glmkit.chat.official_replies import process_response
 from glmkit.errors import UsageError
 from glmkit.hf import LogitsProcessor, LogitsProcessorList
+from glmkit.models.chatglm import ChatGLMForCausalLM
+from glmkit.models.chatglm2_config import ChatGLM2Config
+from glmkit.models.chatglm_config import ChatGLMConfig
 from glmkit.tokenizers import ChatGLMTokenizer
+from glmkit.tokenizers.chatglm import ChatGLM1Tokenizer
+from glmkit.tokenizers.glm4 import ChatGLM4Tokenizer
 
 TOOLS = [{"name": "get_weather", "description": "weather", "parameters": {}}]
 SYSTEM = {"role": "system", "content": "tools:", "tools": TOOLS}
@@ -29,14 +37,14 @@ SYSTEM = {"role": "system", "content": "tools:", "tools": TOOLS}
 class Scripted:
     """A model that replies with given ids and keeps what it was called with."""
 
-    def __init__(self, reply_ids: list[int], **config: Any) -> None:
+    def __init__(self, reply_ids: list[int], family: Any = ChatGLM2Config, **config: Any) -> None:
         self.reply_ids = torch.tensor([reply_ids], dtype=torch.int64)
         self.device = torch.device("cpu")
         self.config = SimpleNamespace(**config)
         self.called_with: dict[str, Any] = {}
-        for name in official.MODEL_METHODS:
+        for name, method in official.MODEL_METHODS[family].items():
             if name != "stream_generate":
-                setattr(self, name, MethodType(getattr(official, name), self))
+                setattr(self, name, MethodType(method, self))
 
     def generate(self, **arguments: Any) -> torch.Tensor:
         self.called_with = arguments
@@ -81,12 +89,21 @@ def three(file: Path) -> ChatGLMTokenizer:
 
 
 @pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> ChatGLM4Tokenizer:
+    return tiny_families.glm4_tokenizer(tmp_path_factory.mktemp("four") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
 def stored(shared: Path) -> Callable[[int], tuple[ChatGLMTokenizer, dict]]:
     @functools.cache
     def load(generation: int) -> tuple[ChatGLMTokenizer, dict]:
-        fixtures = shared / "conformance" / "tokenizer_chatglm" / f"chatglm{generation}" / "fixtures.json"
+        name = "chatglm" if generation == 1 else f"chatglm{generation}"
+        fixtures = shared / "conformance" / "tokenizer_chatglm" / name / "fixtures.json"
+        results = json.loads(fixtures.read_text(encoding="utf-8"))
+        if generation == 1:
+            return ChatGLM1Tokenizer(shared / "tokenizers" / "chatglm-6b.ice_text.model"), results
         file = shared / "tokenizers" / "chatglm2-chatglm3.tokenizer.model"
-        return ChatGLMTokenizer(file, generation=generation), json.loads(fixtures.read_text(encoding="utf-8"))
+        return ChatGLMTokenizer(file, generation=generation), results
 
     return load
 
@@ -137,10 +154,10 @@ def test_official_process_response(stored: Callable, generation: int) -> None:
     _, results = stored(generation)
     for case in results["process_response"]:
         if generation == 2:
-            assert official.process_response(None, case["in"]) == case["out"]
+            assert process_response(None, case["in"]) == case["out"]
             continue
         before = copy.deepcopy(case["history"])
-        response, history = official.process_response(None, case["in"], case["history"])
+        response, history = process_response(None, case["in"], case["history"])
         assert case["history"] == before
         if case["new_history"] is None:  # the official method evaluates the text and raises
             assert case["out"]["raises"] == "SyntaxError"
@@ -148,6 +165,25 @@ def test_official_process_response(stored: Callable, generation: int) -> None:
         else:
             assert as_json(response) == case["out"]
             assert as_json(history) == case["new_history"]
+
+
+def test_official_chat_of_the_first_generation(stored: Callable) -> None:
+    tokenizer, results = stored(1)
+    assert len(results["chat"]) >= 16
+    for case in results["chat"]:
+        model = Scripted(case["reply_ids"], ChatGLMConfig)
+        history = [tuple(pair) for pair in case["history"]]
+        response, new_history = model.chat(tokenizer, case["query"], history)
+        assert plain(model.called_with) == case["chat_generate_kwargs"]
+        assert response == case["response"]
+        assert as_json(new_history) == case["new_history"]
+        assert history == [tuple(pair) for pair in case["history"]]
+        steps = list(model.stream_chat(tokenizer, case["query"], history))
+        assert plain(model.called_with, ("input_ids",)) == case["stream_kwargs_without_inputs"]
+        assert [text for text, _ in steps] == case["stream_responses"]
+        assert as_json(steps[-1][1]) == case["new_history"]
+    for case in results["process_response"]:
+        assert model.process_response(case["in"]) == case["out"]
 
 
 def test_invalid_scores(shared: Path) -> None:
@@ -169,6 +205,37 @@ def test_invalid_scores_in_any_row() -> None:
         expected = torch.zeros(2, 8)
         expected[:, 5] = 5e4
         assert torch.equal(InvalidScoreLogitsProcessor()(torch.zeros(2, 1), scores), expected)
+
+
+def test_official_template_of_generation_4(shared: Path) -> None:
+    tokenizer = ChatGLM4Tokenizer(shared / "tokenizers" / "glm4" / "tokenizer.model")
+    cases = json.loads((shared / "conformance" / "tokenizer_glm" / "glm4.json").read_text(encoding="utf-8"))["chats"]
+    for case in cases:
+        ask = functools.partial(tokenizer.apply_chat_template, case["messages"], add_generation_prompt=True)
+        assert ask() == case["ids"]
+        assert ask(add_special_tokens=False) == case["ids_no_prefix"]
+        assert ask(tokenize=False) == case["text_add_generation_prompt"]
+        encoded = ask(return_tensors="pt", return_dict=True)
+        assert plain(encoded)["input_ids"] == [case["ids"]]
+        model = Scripted([tokenizer.eos_token_id])
+        last = case["messages"][-1]
+        model.chat(tokenizer, last["content"], case["messages"][:-1], last["role"])
+        assert plain(model.called_with, ("attention_mask", "position_ids")) == {
+            "input_ids": [case["ids"]],
+            "max_length": 8192,
+            "num_beams": 1,
+            "do_sample": True,
+            "top_p": 0.8,
+            "temperature": 0.8,
+            "logits_processor": ["InvalidScoreLogitsProcessor"],
+            "eos_token_id": [151329, 151336, 151338],
+        }
+    rows = [case["messages"] for case in cases]
+    batch = tokenizer.apply_chat_template(
+        rows, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    for row, mask, case in zip(batch["input_ids"], batch["attention_mask"], cases):
+        assert row[mask.bool()].tolist() == case["ids"]
 
 
 # --- what the official methods take ---
@@ -290,6 +357,25 @@ def test_tool_calls_are_never_evaluated(three: ChatGLMTokenizer, tmp_path: Path)
     response, _ = model.chat(three, "hello", [SYSTEM])
     assert response == {"name": "get_weather", "parameters": None}
     assert not canary.exists()
+
+
+def test_tool_call_of_generation_4(four: ChatGLM4Tokenizer) -> None:
+    text, name = four.encode_text, four.get_command
+    reply = [
+        *text("\nlet me see"),
+        name("<|assistant|>"),
+        *text('get_weather\n{"city": "天"}'),
+        name("<|observation|>"),
+    ]
+    model = Scripted(reply)
+    response, history = model.chat(four, "hello", [SYSTEM])
+    assert response == {"name": "get_weather", "parameters": {"city": "天"}}
+    assert [item["role"] for item in history] == ["system", "user", "assistant", "assistant"]
+    assert model.chat(four, "hello")[0] == {"name": "get_weather", "content": '{"city": "天"}'}
+    steps = [step for step, _ in model.stream_chat(four, "hello", [SYSTEM])]
+    assert steps[-1] == response
+    assert [step for step in steps if isinstance(step, str)][-1] == "let me see"
+    assert {step["parameters"] is None for step in steps[:-1] if isinstance(step, dict)} == {True}
 
 
 def test_streams_of_tool_calls_never_raise(three: ChatGLMTokenizer) -> None:
@@ -440,6 +526,76 @@ def test_stream_chat_reuses_the_cache(loaded: Any) -> None:
     with torch.inference_mode():
         logits = model(torch.tensor([whole[:-1]])).logits[0]
     assert logits[-6:].argmax(-1).tolist() == second[-6:]
+
+
+def test_the_later_turns_of_glm4_repeat_no_prefix(four: ChatGLM4Tokenizer) -> None:
+    model = Scripted([*four.encode_text("\nhi"), four.get_command("<|user|>")])
+    past = SimpleNamespace(get_seq_length=lambda: 7)
+    steps = list(model.stream_chat(four, "hello", [{"role": "user", "content": "x"}], past_key_values=past))
+    ids = [*four.build_single_message("user", "", "hello"), four.get_command("<|assistant|>")]
+    assert model.called_with["input_ids"].tolist() == [ids]
+    assert model.called_with["position_ids"].tolist() == [list(range(7, 7 + len(ids)))]
+    assert steps[-1][0] == "hi"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ChatGLM1Tokenizer]:
+    """A small ChatGLM-6B."""
+    folder = tiny_families.write_chatglm(tmp_path_factory.mktemp("first"), endless=True)
+    model = ChatGLMForCausalLM.from_pretrained(folder).eval()
+    return model, ChatGLM1Tokenizer.from_pretrained(folder)
+
+
+def test_stream_generate_of_the_first_generation(first: tuple[Any, ChatGLM1Tokenizer]) -> None:
+    """As officially, the step that ends an answer is not given out: neither a stop id nor the last token of a limit."""
+    model, tokenizer = first
+    ids = tokenizer("hello world", return_tensors="pt")["input_ids"]
+    expected = greedy(model, ids, 8)
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    steps = [step[0].tolist() for step in model.stream_generate(ids, **arguments, eos_token_id=[])]
+    assert steps == [expected[: ids.shape[1] + number] for number in range(1, 8)]
+    third = expected[ids.shape[1] + 2]
+    place = expected.index(third, ids.shape[1])
+    steps = [step[0].tolist() for step in model.stream_generate(ids, **arguments, eos_token_id=third)]
+    assert steps == [expected[: end + 1] for end in range(ids.shape[1], place)]
+    padded = tokenizer(["hello world", "I like tea and rice 1 + 2 = 3 hello"], padding=True, return_tensors="pt")
+    row = {name: value[:1] for name, value in padded.items()}
+    steps = list(model.stream_generate(**row, **arguments, eos_token_id=[]))
+    assert steps[-1][0, -7:].tolist() == expected[-8:-1]
+    criteria = lambda ids, scores: torch.tensor([ids.shape[1] >= padded["input_ids"].shape[1]])  # noqa: E731
+    assert len(list(model.stream_generate(**row, **arguments, eos_token_id=[], stopping_criteria=criteria))) == 0
+    with pytest.raises(UsageError, match="both directions"):
+        next(model.stream_generate(ids, past_key_values=object()))
+
+
+def test_processors_of_the_first_generation_see_all_ids(first: tuple[Any, ChatGLM1Tokenizer]) -> None:
+    model, tokenizer = first
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+
+    class Nine(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            assert input_ids[0, : ids.shape[1]].tolist() == ids[0].tolist()
+            forced = torch.zeros_like(scores)
+            forced[:, 9] = 1
+            return forced
+
+    arguments = {"max_new_tokens": 4, "do_sample": False, "logits_processor": LogitsProcessorList([Nine()])}
+    assert list(model.stream_generate(ids, **arguments))[-1][0, ids.shape[1] :].tolist() == [9, 9, 9]
+
+
+def test_chat_of_the_first_generation(first: tuple[Any, ChatGLM1Tokenizer]) -> None:
+    model, tokenizer = first
+    response, history = model.chat(tokenizer, "hello", [("q", "a")], do_sample=False, max_length=60)
+    assert history == [("q", "a"), ("hello", response)]
+    texts = [text for text, _ in model.stream_chat(tokenizer, "hello", [("q", "a")], do_sample=False, max_length=60)]
+    assert len(texts) > 3
+    assert response.startswith(texts[-1])
+    names = list(inspect.signature(model.chat).parameters)
+    assert names[:5] == ["tokenizer", "query", "history", "max_length", "num_beams"]
+    room = (
+        60 - tokenizer("[Round 0]\n问：q\n答：a\n[Round 1]\n问：hello\n答：", return_tensors="pt")["input_ids"].shape[1]
+    )
+    assert reply_to(model, tokenizer, "hello", history=[("q", "a")], max_tokens=room).text == response
 
 
 def test_chat_on_a_real_model(loaded: Any) -> None:

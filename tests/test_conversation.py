@@ -14,8 +14,9 @@ import torch
 
 import glmkit
 import tiny
+import tiny_families
 from glmkit.chat import transcript
-from glmkit.chat.choices import OFFICIAL_SAMPLING, choose
+from glmkit.chat.choices import OFFICIAL_SAMPLING, choose, official_sampling
 from glmkit.chat.context import fit_context, reserve_tokens
 from glmkit.chat.conversation import Reply, reply_to, stream_reply
 from glmkit.chat.messages import Message
@@ -26,7 +27,9 @@ from glmkit.engine.decode import CancelToken
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import OutputError, UsageError
 from glmkit.pipelines import pipeline
+from glmkit.tokenizers.chatglm import ChatGLM1Tokenizer
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+from glmkit.tokenizers.glm4 import ChatGLM4Tokenizer
 
 TOOLS = [{"name": "get_weather", "description": "weather", "parameters": {}}]
 CALL = "```python\ntool_call(city='天')\n```"
@@ -45,6 +48,16 @@ def tokenizer(tokenizer_file: Path) -> ChatGLMTokenizer:
 @pytest.fixture(scope="module")
 def tokenizer_2(tokenizer_file: Path) -> ChatGLMTokenizer:
     return ChatGLMTokenizer(tokenizer_file, generation=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_1(tmp_path_factory: pytest.TempPathFactory) -> ChatGLM1Tokenizer:
+    return ChatGLM1Tokenizer(tiny_families.train_ice_text(tmp_path_factory.mktemp("one") / "ice_text.model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_4(tmp_path_factory: pytest.TempPathFactory) -> ChatGLM4Tokenizer:
+    return tiny_families.glm4_tokenizer(tmp_path_factory.mktemp("four") / "tokenizer.model")
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +88,63 @@ def test_text(tokenizer: ChatGLMTokenizer, tokenizer_2: ChatGLMTokenizer, genera
     assert reply.usage.completion_tokens == len(script)
     assert reply.timings.prefill_seconds > 0
     assert str(reply) == reply.text
+
+
+def test_full_width_marks_of_generation_1(tokenizer_1: ChatGLM1Tokenizer) -> None:
+    script = [*tokenizer_1.encode_text("你好,hello! 好?"), tokenizer_1.eos_token_id]
+    reply, pieces = answer(tokenizer_1, script, "hello", system="rice ")
+    assert reply.text == pieces == "你好，hello! 好？"
+    assert (reply.finish_reason, reply.usage.completion_tokens) == ("stop", len(script))
+    assert reply.messages[-1] == Message("assistant", "你好，hello! 好？")
+    with pytest.raises(UsageError, match="ChatGLM-6B has no form for tools"):
+        answer(tokenizer_1, script, tools=TOOLS)
+
+
+def test_tools_of_generation_4(tokenizer_4: ChatGLM4Tokenizer) -> None:
+    text, name = tokenizer_4.encode_text, tokenizer_4.get_command
+    call = [*text('get_weather\n{"city": "天"}'), name("<|observation|>")]
+    reply, pieces = answer(tokenizer_4, [*text("\n看看"), name("<|assistant|>"), *call], tools=TOOLS)
+    assert reply.text == pieces == "看看"
+    assert reply.finish_reason == "tool_calls"
+    assert reply.tool_call is not None
+    assert (reply.tool_call.name, reply.tool_call.arguments) == ("get_weather", {"city": "天"})
+    follow = [*reply.messages, Message("observation", "25")]
+    model = tiny.ScriptedModel(tokenizer_4, [*text("\n25"), name("<|user|>")])
+    assert reply_to(model, tokenizer_4, follow, temperature=0).text == "25"
+    assert model.given[0] == prompt_ids(tokenizer_4, follow)
+    wrong, pieces = answer(tokenizer_4, [*text("get_weather\n{city"), name("<|observation|>")], tools=TOOLS)
+    assert wrong.text == pieces == "get_weather\n{city"
+    assert "no JSON" in (wrong.malformed or "")
+    after_a_tool = [Message("user", "q"), Message("assistant", "1", "python"), Message("observation", "1")]
+    code, _ = answer(tokenizer_4, [*text("python\nprint(1)"), name("<|observation|>")], after_a_tool)
+    assert (code.text, code.tool_call, code.malformed) == ("print(1)", None, None)
+    assert code.messages[-1] == Message("assistant", "print(1)", "python")
+
+
+def test_the_context_of_generations_1_and_4(tokenizer_1: ChatGLM1Tokenizer, tokenizer_4: ChatGLM4Tokenizer) -> None:
+    for used in (tokenizer_1, tokenizer_4):
+        talk = turns(6)
+        lengths = [len(prompt_ids(used, [talk[0], *talk[1 + 2 * dropped :]])) for dropped in range(7)]
+        for dropped in (0, 3, 6):
+            assert fit_context(used, talk, lengths[dropped] + 10, 10)[1] == dropped
+
+
+def test_a_session_of_every_generation(
+    tokenizer_1: ChatGLM1Tokenizer, tokenizer_4: ChatGLM4Tokenizer, state: Path
+) -> None:
+    for used, end in ((tokenizer_1, tokenizer_1.eos_token_id), (tokenizer_4, tokenizer_4.get_command("<|user|>"))):
+        header = [] if used.generation == 1 else used.encode_text("\n")
+        script = [*header, *used.encode_text("tea"), end] * 3
+        model = tiny.ScriptedModel(used, script)
+        loaded = SimpleNamespace(model=model, tokenizer=used, adapter=None)
+        session = Session(loaded, "tiny", settings={"temperature": 0}, path=transcript.new_path())
+        finish(session, session.ask("hello", CancelToken()))
+        finish(session, session.ask("rice", CancelToken()))
+        finish(session, session.retry(CancelToken()))
+        path = transcript.newest_path()
+        assert path is not None
+        assert transcript.read(path).messages == tuple(session.messages)
+        assert [message.content for message in session.messages] == ["hello", "tea", "rice", "tea"]
 
 
 def test_all_forms_of_messages_give_the_same_prompt(tokenizer: ChatGLMTokenizer) -> None:
@@ -284,6 +354,17 @@ def test_default_settings() -> None:
     assert choose(model_with(max_new_tokens=9)).max_new_tokens == 9
 
 
+def test_default_settings_of_each_generation() -> None:
+    by_generation = {
+        generation: official_sampling(None, SimpleNamespace(generation=generation)) for generation in (1, 2, 3, 4)
+    }
+    assert by_generation[1] == SamplingOptions(temperature=0.95, top_p=0.7, top_k=50)
+    assert by_generation[2] == by_generation[3] == by_generation[4] == OFFICIAL_SAMPLING
+    assert choose(model_with(), official=by_generation[1]).options == by_generation[1]
+    greedy = choose(model_with(do_sample=False), official=by_generation[1], sampling={"do_sample": True})
+    assert greedy.options == by_generation[1]
+
+
 def test_settings_overrule_by_any_name() -> None:
     greedy = model_with(do_sample=False)
     assert choose(greedy, sampling={"temp": 0.5}).options == replace(OFFICIAL_SAMPLING, temperature=0.5)
@@ -458,3 +539,15 @@ def test_pipeline_refuses_what_it_does_not_know(loaded: Any) -> None:
 def test_load_gives_both_methods(loaded: Any) -> None:
     with torch.no_grad():
         assert "".join(loaded.stream("hello", max_tokens=5)) == loaded.chat("hello", max_tokens=5).text
+
+
+@pytest.mark.parametrize("write", [tiny_families.write_chatglm, tiny_families.write_glm4, tiny_families.write_glm])
+def test_every_family_answers_through_the_loader(write: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    other = glmkit.load(folder)
+    reply = other.chat("hello [MASK] world", max_tokens=6)
+    assert reply.usage.completion_tokens >= 1
+    assert "".join(other.stream("hello [MASK] world", max_tokens=6)) == reply.text
+    assert reply.messages[0] == Message("user", "hello [MASK] world")
+    (shown,) = pipeline(model=other, max_length=60)("hello", max_new_tokens=3)
+    assert shown["text_generation_text"] == [other.chat("hello", max_tokens=3).text]

@@ -242,6 +242,66 @@ def test_not_a_number_raises():
         next(steps)
 
 
+# --- models that read a prompt in both directions ---------------------------------------------------------------------
+
+
+class BothWays(Fake):
+    """A fake with a layout of its own, which counts calls and says which columns it was asked for."""
+
+    def input_layout(self, ids, pads):
+        return Layout(self, ids, pads)
+
+
+class Layout:
+    whole_prompt = True
+
+    def __init__(self, model, ids, pads):
+        self.ids, self.rows, self.columns = ids, pads.tolist(), ids.shape[1]
+
+    def prompt(self, start, end):
+        return {"attention_mask": torch.tensor(self.rows), "position_ids": torch.tensor([start, end])}
+
+    def step(self):
+        self.columns += 1
+        return {"attention_mask": torch.tensor(self.rows), "position_ids": torch.tensor([self.columns])}
+
+    def select(self, places):
+        self.rows = [self.rows[place] for place in places]
+
+
+def test_a_model_with_its_own_layout_reads_prompts_whole():
+    fake = BothWays(says(5, 6, 7))
+    assert answer(fake, [1] * 10, max_new_tokens=3, prefill_chunk_tokens=4) == [5, 6, 7]
+    assert [call.ids.shape[1] for call in fake.calls] == [10, 1, 1]
+    assert [call.positions.tolist() for call in fake.calls] == [[0, 10], [11], [12]]
+    cache = new_cache(fake, 1, 4)
+    cache.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), 0)
+    with pytest.raises(UsageError, match="both directions"):
+        stream(fake, [1], GREEDY, stop_ids=(), max_new_tokens=1, cache=cache)
+
+
+def test_a_layout_follows_the_rows_of_a_batch():
+    def logits(ids):  # the number behind the mark 1 says how many tokens come
+        out = torch.zeros(16)
+        begin = ids.index(1)
+        out[2 if len(ids) - 1 - begin >= ids[begin + 1] - 1 else 9] = 9.0
+        return out
+
+    fake = BothWays(logits)
+    prompts = [[1, 3], [0, 1, 4], [0, 0, 1, 9], [1, 9]]
+    answers = generate_batch(fake, prompts, GREEDY, stop_ids={2}, max_new_tokens=20, batch_size=4)
+    assert [len(ids) for ids in answers] == [1, 2, 7, 7]
+    assert fake.calls[0].mask.tolist() == [0, 1, 2, 2], "columns of padding: longest prompt first"
+    assert fake.calls[-1].mask.tolist() == [0, 2]
+
+
+def test_a_layout_can_be_given():
+    fake = Fake(says(5, 6))
+    layout = Layout(fake, torch.tensor([[1, 1]]), torch.tensor([7]))
+    answer(fake, [1, 1], max_new_tokens=2, layout=layout)
+    assert [call.mask.tolist() for call in fake.calls] == [[7], [7]]
+
+
 # --- ending early ----------------------------------------------------------------------------------------------------
 
 

@@ -87,7 +87,7 @@ class ScriptedModel:
 
     def __init__(self, tokenizer: ChatGLMTokenizer, ids: Sequence[int] = (), context_tokens: int = 2048) -> None:
         self.config = SimpleNamespace(
-            num_hidden_layers=1, vocab_size=tokenizer.vocab_size + 20, max_position_embeddings=context_tokens
+            num_hidden_layers=1, vocab_size=len(tokenizer) + 20, max_position_embeddings=context_tokens
         )
         self.device = torch.device("cpu")
         self.generation_config = None

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glmkit.chat.choices import choose, is_setting
+from glmkit.chat.choices import choose, is_setting, official_sampling
 from glmkit.chat.context import fit_context
+from glmkit.chat.conversation import reply_to
 from glmkit.chat.messages import to_messages
 from glmkit.chat.reply import parse_reply
+from glmkit.chat.templates import chat_format
 from glmkit.engine.decode import generate_batch
 from glmkit.errors import UsageError
 from glmkit.loading import Loaded, load
@@ -84,7 +86,10 @@ class TextGenerationPipeline:
     ) -> None:
         self.model, self.tokenizer, self.chats = model, tokenizer, chats
         self.max_length, self.batch_size, self.settings = max_length, batch_size, settings or {}
-        choose(model, sampling=self.settings)  # a mistake should show here, not at the first question
+        self._official = official_sampling(model, tokenizer)
+        choose(
+            model, sampling=self.settings, official=self._official
+        )  # a mistake should show here, not at the first question
 
     def __call__(self, inputs: str | Sequence[str], **settings: Any) -> list[dict[str, list[str]]]:
         """Answers.
@@ -102,7 +107,10 @@ class TextGenerationPipeline:
         """
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         context = min(settings.pop("max_length", self.max_length), self.model.config.max_position_embeddings)
-        choices = choose(self.model, sampling=self.settings | settings)
+        choices = choose(self.model, sampling=self.settings | settings, official=self._official)
+        if self.tokenizer.generation == 0:  # every blank is another prompt
+            given = {"options": choices.options, "max_new_tokens": choices.max_new_tokens, "stop": choices.stop}
+            return [{_RESULT: [reply_to(self.model, self.tokenizer, text, **given).text]} for text in texts]
         prompts = [self._prompt(text, context) for text in texts]
         rooms = [min(context - len(prompt), choices.max_new_tokens or context) for prompt in prompts]
         answers = generate_batch(
@@ -118,7 +126,7 @@ class TextGenerationPipeline:
     def _prompt(self, text: str, context: int) -> list[int]:
         if self.chats and not (self.tokenizer.generation == 2 and text.startswith(_ROUND)):
             return fit_context(self.tokenizer, to_messages(text), context, 0)[0]
-        ids: list[int] = self.tokenizer.prefix_ids + self.tokenizer.encode_text(text)
+        ids = chat_format(self.tokenizer).text_ids(self.tokenizer, text)
         if len(ids) >= context:
             raise UsageError(
                 f"the text has {len(ids):,} tokens; prompt and answer together may have {context:,}",

@@ -26,7 +26,6 @@ from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
 from glmkit.models.glm_network import GLMModel, GLMPreTrainedModel
 from glmkit.quant.official import quantize_model
-from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 
 # Config class -> the class that writes text. Every other class of a family hangs on the Auto classes below.
 LANGUAGE_MODELS: dict[type[CheckedConfig], Any] = {
@@ -90,11 +89,12 @@ def register() -> None:
 
 
 def _join_methods() -> None:
-    for name in official.MODEL_METHODS:
-        for model in (ChatGLMForCausalLM, ChatGLM2ForCausalLM):
-            setattr(model, name, getattr(official, name))
-    for name in official.TOKENIZER_METHODS:
-        setattr(ChatGLMTokenizer, name, getattr(official, name))
+    for config, methods in official.MODEL_METHODS.items():
+        for name, method in methods.items():
+            setattr(LANGUAGE_MODELS[config], name, method)
+    for tokenizer, methods in official.TOKENIZER_METHODS.items():
+        for name, method in methods.items():
+            setattr(tokenizer, name, method)
     for base in _BASES:
         base.quantize = _quantize
         base.from_pretrained = classmethod(_from_pretrained)

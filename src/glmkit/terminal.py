@@ -23,7 +23,7 @@ from glmkit.cli import paint
 from glmkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from glmkit.chat.conversation import Reply, ReplyStream
+    from glmkit.chat.answers import AnswerStream, Reply
     from glmkit.chat.session import Session
     from glmkit.chat.transcript import Transcript
     from glmkit.engine.decode import CancelToken
@@ -166,7 +166,10 @@ def _open_session(request: ChatRequest) -> Session:
     from glmkit.loading import load
 
     loaded = load(name, **arguments)
-    if loaded.family is not None and not loaded.family.chat:
+    if fills_blanks(loaded):
+        if request.prompt is None:
+            notice(f"{name} fills blanks: write [MASK] where it shall put words; each text stands alone")
+    elif loaded.family is not None and not loaded.family.chat:
         notice(f"warning: {loaded.family.name} is a base model: it continues texts and was not trained to chat")
     session = Session(
         loaded,
@@ -179,6 +182,15 @@ def _open_session(request: ChatRequest) -> Session:
     if request.system is not None:
         session.set_system(request.system)
     return session
+
+
+def fills_blanks(loaded: Any) -> bool:
+    """Whether a model fills the blanks of a text instead of chatting.
+
+    Args:
+        loaded: A `glmkit.loading.Loaded`.
+    """
+    return getattr(loaded.tokenizer, "generation", None) == 0
 
 
 def _earlier(request: ChatRequest) -> tuple[Transcript | None, Path | None]:
@@ -222,18 +234,20 @@ def ctrl_c_cancels(cancel: CancelToken) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def write_answer(replying: ReplyStream, *, quiet: bool = False) -> None:
-    """Prints an answer on standard output as it arrives.
+def write_answer(replying: AnswerStream, *, quiet: bool = False) -> None:
+    """Prints an answer on standard output as it arrives; what was put into blanks is underlined in a terminal.
 
     Args:
         replying: The answer.
         quiet: Print nothing.
     """
+    from glmkit.chat.answers import Filled
+
     ended = True
     for piece in replying:
         shown = printable(piece)
         if shown and not quiet:
-            print(shown, end="", flush=True)
+            print(paint(shown, "1;4", sys.stdout) if isinstance(piece, Filled) else shown, end="", flush=True)
             ended = shown.endswith("\n")
     if not ended:
         print(flush=True)
@@ -297,6 +311,7 @@ def _as_json(session: Session, reply: Reply) -> dict[str, Any]:
         "model": session.name,
         "adapter": None if session.loaded.adapter is None else str(session.loaded.adapter),
         "text": reply.text,
+        **({"fillings": list(reply.fillings)} if reply.fillings else {}),
         "tool_call": None if call is None else {"name": call.name, "arguments": call.arguments},
         "malformed": reply.malformed,
         "finish_reason": reply.finish_reason,

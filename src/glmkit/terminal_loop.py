@@ -15,7 +15,7 @@ from glmkit.chat.session import Session
 from glmkit.chat.transcript import messages_to_dicts
 from glmkit.engine.decode import CancelToken
 from glmkit.errors import GlmkitError, OutputError, UsageError
-from glmkit.terminal import ctrl_c_cancels, describe, notice, printable, report, write_answer
+from glmkit.terminal import ctrl_c_cancels, describe, fills_blanks, notice, printable, report, write_answer
 
 COMMANDS = {
     "/help": "this list",
@@ -30,6 +30,7 @@ COMMANDS = {
 }
 _WORDS = {"clear": "/clear", "stop": "/quit", "/bye": "/quit", "/exit": "/quit", "/new": "/clear", "/?": "/help"}
 _KEYS = "Enter sends, Esc Enter begins a new line, Ctrl-C stops an answer, twice it leaves"
+_BLANKS = "[MASK] is a blank, [sMASK] one for a sentence, [gMASK] one to go on at; what was said before is not read"
 _TWICE_SECONDS = 1.0
 
 
@@ -129,6 +130,8 @@ class ChatLoop:
     def _do_help(self, rest: str) -> None:
         for word, text in COMMANDS.items():
             notice(f"  {word:8} {text}")
+        if fills_blanks(self.session.loaded):
+            notice(f"  {_BLANKS}")
         notice(f"  {_KEYS}")
 
     def _do_clear(self, rest: str) -> None:

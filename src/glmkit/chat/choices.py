@@ -7,11 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from glmkit.chat.templates import FORMATS, chat_format
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import UsageError
 
-# What chat() of the official models does; its top_k comes from transformers' defaults of the time.
-OFFICIAL_SAMPLING = SamplingOptions(temperature=0.8, top_p=0.8, top_k=50)
+OFFICIAL_SAMPLING = FORMATS[3].sampling  # what most chat models do
+# What the official scripts do that fill blanks: generate_block.sh of GLM, generate.sh of GLM-130B.
+_FILLING_SAMPLING = {
+    "glm": SamplingOptions(temperature=0.9, top_k=40),
+    "glm-130b": SamplingOptions(temperature=1.0, top_p=0.7),
+}
 
 _SYNONYMS = {
     "max_tokens": "max_new_tokens",
@@ -44,11 +49,13 @@ def choose(
     max_new_tokens: int | None = None,
     stop: str | Sequence[str] = (),
     sampling: Mapping[str, Any] | None = None,
+    *,
+    official: SamplingOptions = OFFICIAL_SAMPLING,
 ) -> Choices:
     """Completes what the caller asked for by the model's own settings.
 
     The start is `options`; else the model's generation_config, if it says something about sampling (`do_sample: false`
-    is greedy); else what the official chat does: temperature 0.8, top_p 0.8, top_k 50.
+    is greedy); else what the official code does.
 
     Args:
         model: The model.
@@ -57,6 +64,7 @@ def choose(
         stop: A text or texts that end the answer.
         sampling: Single settings that overrule: the fields of SamplingOptions, `do_sample`, and the names that other
             tools use. None means "not given".
+        official: What the official code does, see `official_sampling`.
 
     Raises:
         UsageError: A name or value that does not exist or fit.
@@ -73,13 +81,27 @@ def choose(
         max_new_tokens = getattr(config, "max_new_tokens", None)
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise UsageError(f"max_new_tokens={max_new_tokens!r}: expected a whole number, 1 or more")
-    base = options or _own_sampling(config)
+    base = options or _own_sampling(config, official)
     do_sample = given.pop("do_sample", None)
     if do_sample is False:
         given["temperature"] = 0.0
     elif do_sample and not base.do_sample:
-        given.setdefault("temperature", OFFICIAL_SAMPLING.temperature)
+        given.setdefault("temperature", official.temperature)
     return Choices(replace(base, **given), max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop))
+
+
+def official_sampling(model: Any, tokenizer: Any) -> SamplingOptions:
+    """How the official code of a model chooses tokens when nothing else is said.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer; None if there is none.
+    """
+    if tokenizer is None:
+        return OFFICIAL_SAMPLING
+    if tokenizer.generation == 0:
+        return _FILLING_SAMPLING.get(model.config.model_type, SamplingOptions())
+    return chat_format(tokenizer).sampling
 
 
 def canonical_name(name: str) -> str:
@@ -97,7 +119,7 @@ def canonical_name(name: str) -> str:
     return meant
 
 
-def _own_sampling(config: Any) -> SamplingOptions:
+def _own_sampling(config: Any, official: SamplingOptions) -> SamplingOptions:
     """What a generation_config says; top_k 50 is transformers' value where it says nothing."""
     said = {
         name: getattr(config, name, None)
@@ -106,9 +128,9 @@ def _own_sampling(config: Any) -> SamplingOptions:
     penalty = said["repetition_penalty"] or 1.0
     if said["do_sample"] is False:
         # A caller who then asks for a temperature gets the official way with it.
-        return replace(OFFICIAL_SAMPLING, temperature=0.0, repetition_penalty=penalty)
+        return replace(official, temperature=0.0, repetition_penalty=penalty)
     if all(said[name] is None for name in ("do_sample", "temperature", "top_p", "top_k", "min_p")):
-        return replace(OFFICIAL_SAMPLING, repetition_penalty=penalty)
+        return replace(official, repetition_penalty=penalty)
     return SamplingOptions(
         temperature=1.0 if said["temperature"] is None else said["temperature"],
         top_p=1.0 if said["top_p"] is None else said["top_p"],

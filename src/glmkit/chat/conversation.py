@@ -6,86 +6,29 @@ engine decodes, and what it writes is taken apart into text for people and calls
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from types import TracebackType
+from dataclasses import replace
 from typing import Any
 
-from glmkit.chat.choices import Choices, choose
+from glmkit.chat.answers import AnswerStream, Reply, Timings, TokenUsage
+from glmkit.chat.blanks import FillingStream
+from glmkit.chat.choices import Choices, choose, official_sampling
 from glmkit.chat.context import fit_context, reserve_tokens
 from glmkit.chat.messages import Message, to_messages
 from glmkit.chat.prompt_cache import PromptCache
 from glmkit.chat.reply import Delta, parse_reply
 from glmkit.chat.reply import ReplyStream as MessageStream
-from glmkit.chat.tools import INTERPRETER, TOOLS_SENTENCE, ToolCall
+from glmkit.chat.templates import chat_format
+from glmkit.chat.tools import TOOLS_SENTENCE
 from glmkit.engine.decode import CancelToken, Step, stream
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.engine.text import StopText
-from glmkit.errors import UsageError
-from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+
+__all__ = ["AnswerStream", "Reply", "ReplyStream", "Timings", "TokenUsage", "reply_to", "stream_reply"]
 
 
-@dataclass(frozen=True)
-class TokenUsage:
-    """Tokens of one answer.
-
-    Args:
-        prompt_tokens: Tokens the model read.
-        completion_tokens: Tokens it wrote, the one that ends the answer among them.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Timings:
-    """How long one answer took, without the time its reader needed.
-
-    Args:
-        prefill_seconds: From the start to the first token.
-        decode_seconds: All tokens after the first.
-        tokens_per_second: Speed of writing, the first token aside: it came with the prompt.
-    """
-
-    prefill_seconds: float
-    decode_seconds: float
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer.
-
-    Args:
-        text: What people read: without role marks, header lines and tool calls.
-        messages: The whole conversation with the answer, ready for the next question.
-        finish_reason: "stop", "length" (the limit or the end of the context), "cancelled" or "tool_calls".
-        usage: Tokens read and written.
-        timings: Seconds and speed.
-        tool_call: The tool the model wants called, if any.
-        malformed: Why what looks like a tool call is none; it is in `text` then.
-        dropped_turns: How many of the oldest turns the model did not see, because its context is too short for them.
-    """
-
-    text: str
-    messages: tuple[Message, ...]
-    finish_reason: str
-    usage: TokenUsage
-    timings: Timings
-    tool_call: ToolCall | None = None
-    malformed: str | None = None
-    dropped_turns: int = 0
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class ReplyStream:
-    """An answer that is being written: iterate over its pieces of text, then read `reply`.
-
-    Closing it early, or leaving its `with` block, ends the answer where it is.
+class ReplyStream(AnswerStream):
+    """A chat model's answer that is being written: iterate over its pieces of text, then read `reply`.
 
     Args:
         model: The model.
@@ -101,7 +44,7 @@ class ReplyStream:
     def __init__(
         self,
         model: Any,
-        tokenizer: ChatGLMTokenizer,
+        tokenizer: Any,
         messages: Sequence[Message],
         prompt: Sequence[int],
         choices: Choices,
@@ -110,7 +53,7 @@ class ReplyStream:
         dropped_turns: int = 0,
         reuse: PromptCache | None = None,
     ) -> None:
-        self._tokenizer, self._messages = tokenizer, tuple(messages)
+        self._tokenizer, self._messages, self._format = tokenizer, tuple(messages), chat_format(tokenizer)
         self._prompt_tokens, self._dropped_turns = len(prompt), dropped_turns
         self._offers_tools = _offers_tools(messages)
         self._shown_message = -1  # the one that text was last shown of
@@ -119,8 +62,6 @@ class ReplyStream:
         self._ids: list[int] = []  # of the answer, without the stop id
         self._text = ""
         self._finish_reason = "cancelled"
-        self._seconds: list[float] = []  # for each token
-        self._reply: Reply | None = None
         cache, new = (None, prompt) if reuse is None else reuse.begin(model, prompt)
         self._steps = stream(
             model,
@@ -131,42 +72,11 @@ class ReplyStream:
             cancel=cancel,
             cache=cache,
         )
-        self._pieces: Generator[str, None, None] = self._write()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def __enter__(self) -> ReplyStream:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the answer; what is there so far becomes the reply."""
-        self._pieces.close()
-        if self._reply is None:
-            self._end()
-
-    @property
-    def reply(self) -> Reply:
-        """The answer with everything about it.
-
-        Raises:
-            UsageError: It is still being written.
-        """
-        if self._reply is None:
-            raise UsageError("the reply is still being written", hint="read it to its end, or close it, first")
-        return self._reply
+        super().__init__()
 
     def _write(self) -> Generator[str, None, None]:
         parser = MessageStream(self._tokenizer)
-        for step in self._timed_steps():
+        for step in self._kept_steps():
             deltas = parser.push(step.token_id) if step.is_text else []
             if step.finish_reason:
                 self._finish_reason = step.finish_reason
@@ -179,15 +89,9 @@ class ReplyStream:
         yield from self._show(self._stop.finish())
         yield from self._show(self._end())
 
-    def _timed_steps(self) -> Iterator[Step]:
-        """The engine's steps; keeps their tokens and how long each took."""
-        while True:
-            started = time.perf_counter()
-            step = next(self._steps, None)
-            if step is None:
-                return
-            if step.finish_reason != "cancelled":
-                self._seconds.append(time.perf_counter() - started)
+    def _kept_steps(self) -> Iterator[Step]:
+        """The engine's steps; keeps their tokens."""
+        for step in self._timed(self._steps):
             if step.is_text:
                 self._ids.append(step.token_id)
                 if self._reuse is not None:
@@ -206,10 +110,13 @@ class ReplyStream:
         if delta.number == self._shown_message:
             return delta.text
         self._shown_message = delta.number
-        return ("\n" if self._text else "") + _header_line(delta.metadata) + delta.text
+        return ("\n" if self._text else "") + self._header_line(delta.metadata) + delta.text
 
     def _is_text(self, metadata: str) -> bool:
-        return not metadata or metadata == INTERPRETER or not self._offers_tools
+        return not metadata or metadata in self._format.text_tools or not self._offers_tools
+
+    def _header_line(self, metadata: str) -> str:
+        return f"{metadata}\n" if metadata and metadata not in self._format.text_tools else ""
 
     def _end(self) -> str:
         """Makes the reply.
@@ -225,30 +132,21 @@ class ReplyStream:
             answer = [Message("assistant", self._text)]
         else:
             spoken = answer[:-1] if call is not None or (cut and not self._is_text(answer[-1].metadata)) else answer
-            lines = [(_header_line(message.metadata) + message.content).rstrip() for message in spoken]
+            lines = [(self._header_line(message.metadata) + message.content).rstrip() for message in spoken]
             whole = "\n".join(line for line in lines if line)
             rest = whole[len(self._text) :] if whole.startswith(self._text) else ""
         text = self._text + rest
-        count, decode_seconds = len(self._seconds), sum(self._seconds[1:])
         self._reply = Reply(
             text=text,
             messages=(*self._messages, *(answer if text or call is not None else ())),
             finish_reason="tool_calls" if call is not None and not cut else self._finish_reason,
-            usage=TokenUsage(self._prompt_tokens, count),
-            timings=Timings(
-                prefill_seconds=self._seconds[0] if count else 0.0,
-                decode_seconds=decode_seconds,
-                tokens_per_second=(count - 1) / decode_seconds if decode_seconds else 0.0,
-            ),
+            usage=TokenUsage(self._prompt_tokens, len(self._seconds)),
+            timings=self._timings(),
             tool_call=call,
             malformed=parsed.problem if self._offers_tools and not cut else None,
             dropped_turns=self._dropped_turns,
         )
         return rest
-
-
-def _header_line(metadata: str) -> str:
-    return f"{metadata}\n" if metadata and metadata != INTERPRETER else ""
 
 
 def _offers_tools(messages: Sequence[Message]) -> bool:
@@ -262,7 +160,7 @@ def _offers_tools(messages: Sequence[Message]) -> bool:
 
 def stream_reply(
     model: Any,
-    tokenizer: ChatGLMTokenizer,
+    tokenizer: Any,
     messages: Any,
     *,
     history: Sequence[Any] | None = None,
@@ -274,7 +172,7 @@ def stream_reply(
     cancel: CancelToken | None = None,
     reuse: PromptCache | None = None,
     **sampling: Any,
-) -> ReplyStream:
+) -> AnswerStream:
     """Answers piece by piece.
 
     Args:
@@ -283,7 +181,7 @@ def stream_reply(
         messages: A question; or messages: `Message` objects, mappings with role and content, (question, answer) pairs.
         history: Earlier messages in any of these forms.
         system: Text of a system message.
-        tools: Tools the model may call (ChatGLM3): JSON-schema descriptions, with or without the OpenAI wrapper.
+        tools: Tools the model may call (ChatGLM3, GLM-4): JSON-schema descriptions, with or without the OpenAI wrapper.
         options: How tokens are chosen; by default as the model's generation_config says, else as the official chat.
         max_new_tokens: Longest answer in tokens; by default what the context leaves.
         stop: A text or texts that end the answer and are not part of it.
@@ -293,14 +191,18 @@ def stream_reply(
         **sampling: Single settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, do_sample, max_tokens.
 
     Returns:
-        The answer to iterate over.
+        The answer to iterate over. From a model that fills blanks it is the last message with its blanks filled; what
+        was said before has no meaning for it.
 
     Raises:
         UsageError: An unknown setting, messages of no known form, or a message longer than the context.
     """
     system = sampling.pop("system_prompt", system)
-    choices = choose(model, options, max_new_tokens, stop, sampling)
+    official = official_sampling(model, tokenizer)
+    choices = choose(model, options, max_new_tokens, stop, sampling, official=official)
     conversation = _with_tools(to_messages(messages, history, system), tools)
+    if tokenizer.generation == 0:
+        return FillingStream(model, tokenizer, conversation, choices, cancel=cancel)
     context = model.config.max_position_embeddings
     prompt, dropped = fit_context(tokenizer, conversation, context, reserve_tokens(context, choices.max_new_tokens))
     if choices.options.repetition_penalty != 1.0 or choices.options.banned_ids:
@@ -310,7 +212,7 @@ def stream_reply(
     )
 
 
-def reply_to(model: Any, tokenizer: ChatGLMTokenizer, messages: Any, **options: Any) -> Reply:
+def reply_to(model: Any, tokenizer: Any, messages: Any, **options: Any) -> Reply:
     """Answers, and returns when the answer is whole.
 
     Args:

@@ -1,21 +1,25 @@
 """What a model generated, as messages: while it arrives, and as a whole.
 
-A ChatGLM3 reply is one or more assistant messages, divided by the assistant id. Each starts with a header line: empty
-for text, the name of a tool for a call.
+A reply of ChatGLM3 or GLM-4 is one or more assistant messages, divided by the assistant id. Each starts with a header
+line: empty for text, the name of a tool for a call.
 
     ids      "\\n" 我来查询 <|assistant|> get_weather "\\n" ```python tool_call(city='北京') ``` <|observation|>
     header   ^^^^                        ^^^^^^^^^^^^^^^^
+
+A reply of ChatGLM-6B or ChatGLM2 is one message of plain text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from glmkit.chat.messages import Message
-from glmkit.chat.tools import INTERPRETER, ToolCall, ToolCallError, parse_tool_call
+from glmkit.chat.punctuation import FullWidthStream
+from glmkit.chat.templates import chat_format
+from glmkit.chat.tools import ToolCall, ToolCallError
 from glmkit.engine.text import TextStream
-from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 
 MAX_HEADER_CHARACTERS = 128  # a first line longer than a tool's name is no header
 
@@ -60,15 +64,17 @@ class ReplyStream:
         tokenizer: The model's tokenizer.
     """
 
-    def __init__(self, tokenizer: ChatGLMTokenizer) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.messages: list[Message] = []  # the finished ones
-        self._tokenizer = tokenizer
-        self._assistant = tokenizer.get_command("<|assistant|>") if tokenizer.generation == 3 else None
+        self._tokenizer, self._format = tokenizer, chat_format(tokenizer)
+        divider = self._format.divider
+        self._divider = None if divider is None else tokenizer.get_command(divider)
         self._begin()
 
     def _begin(self) -> None:
         self._text = TextStream(self._tokenizer.decode_ids)
-        self._header: str | None = None if self._assistant is not None else ""
+        self._marks = FullWidthStream() if self._format.full_width else None
+        self._header: str | None = None if self._divider is not None else ""
         self._waiting = ""  # the header line so far, or blanks that may be the last
         self._content = ""
 
@@ -81,11 +87,12 @@ class ReplyStream:
         Returns:
             What is certain now, often nothing.
         """
-        if token_id == self._assistant:
+        if token_id == self._divider:
             return self.finish()
         if token_id in self._tokenizer.stop_ids or token_id >= self._tokenizer.vocab_size:
             return []
-        return self._take(self._text.push(token_id))
+        text = self._text.push(token_id)
+        return self._take(text if self._marks is None else self._marks.push(text))
 
     def finish(self) -> list[Delta]:
         """Ends the message.
@@ -93,7 +100,8 @@ class ReplyStream:
         Returns:
             What was held back.
         """
-        deltas = self._take(self._text.finish())
+        text = self._text.finish()
+        deltas = self._take(text if self._marks is None else self._marks.push(text) + self._marks.finish())
         if self._header is None:
             self._header = ""
             deltas += self._show("")
@@ -123,14 +131,14 @@ class ReplyStream:
             shown = text.rstrip()
             self._waiting = text[len(shown) :]
         elif not self._content:  # a call: only the dummy prefix goes, so that its ids can be made again
-            shown = text.removeprefix(" ")
+            shown = text.removeprefix(" ") if self._format.dummy_prefix else text
         else:
             shown = text
         self._content += shown
         return [Delta(shown, self._header or "", len(self.messages))] if shown else []
 
 
-def parse_reply(tokenizer: ChatGLMTokenizer, ids: Iterable[int]) -> ParsedReply:
+def parse_reply(tokenizer: Any, ids: Iterable[int]) -> ParsedReply:
     """Reads a whole reply.
 
     Args:
@@ -144,10 +152,10 @@ def parse_reply(tokenizer: ChatGLMTokenizer, ids: Iterable[int]) -> ParsedReply:
     for token_id in ids:
         stream.push(token_id)
     stream.finish()
-    last = stream.messages[-1]
-    if not last.metadata or last.metadata == INTERPRETER:
+    last, form = stream.messages[-1], chat_format(tokenizer)
+    if not last.metadata or last.metadata in form.text_tools:
         return ParsedReply(stream.messages)
     try:
-        return ParsedReply(stream.messages, ToolCall(last.metadata, parse_tool_call(last.content)))
+        return ParsedReply(stream.messages, ToolCall(last.metadata, form.read_call(last.content)))
     except ToolCallError as error:
         return ParsedReply(stream.messages, problem=error.message)

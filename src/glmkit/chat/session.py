@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from glmkit.chat import transcript
-from glmkit.chat.choices import canonical_name, choose
-from glmkit.chat.conversation import Reply, ReplyStream, stream_reply
+from glmkit.chat.answers import AnswerStream, Reply
+from glmkit.chat.choices import Choices, canonical_name, choose, official_sampling
+from glmkit.chat.conversation import stream_reply
 from glmkit.chat.messages import Message
 from glmkit.chat.prompt_cache import PromptCache
 from glmkit.engine.decode import CancelToken
@@ -50,11 +51,11 @@ class Session:
         self.last: Reply | None = None
         self.seed = 0  # of the last answer
         self._cache = PromptCache()
-        choose(loaded.model, sampling=self.settings)
+        self._choices(self.settings)
 
     # --- answers ---
 
-    def ask(self, text: str, cancel: CancelToken) -> ReplyStream:
+    def ask(self, text: str, cancel: CancelToken) -> AnswerStream:
         """Begins to answer a question; a question before it that has no answer is forgotten.
 
         Args:
@@ -69,7 +70,7 @@ class Session:
         """
         return self._answer([*self.messages[: self._answered()], Message("user", text)], cancel)
 
-    def retry(self, cancel: CancelToken) -> ReplyStream:
+    def retry(self, cancel: CancelToken) -> AnswerStream:
         """Begins to answer the last question again.
 
         Args:
@@ -83,7 +84,7 @@ class Session:
         """
         return self._answer(self.messages[: self._last_question() + 1], cancel)
 
-    def finish(self, replying: ReplyStream) -> Reply:
+    def finish(self, replying: AnswerStream) -> Reply:
         """Keeps an answer, whole or cut.
 
         Args:
@@ -98,7 +99,7 @@ class Session:
         self.save()
         return self.last
 
-    def _answer(self, messages: list[Message], cancel: CancelToken) -> ReplyStream:
+    def _answer(self, messages: list[Message], cancel: CancelToken) -> AnswerStream:
         given = self.settings.get("seed")
         self.seed = random.SystemRandom().randrange(_SEEDS) if given is None else given
         replying = stream_reply(
@@ -141,7 +142,7 @@ class Session:
             UsageError: The name or value does not exist or fit; nothing changes then.
         """
         name = canonical_name(name)
-        choose(self.loaded.model, sampling=self.settings | {name: value})
+        self._choices(self.settings | {name: value})
         self.settings[name] = value
         if value is None:
             del self.settings[name]
@@ -149,10 +150,14 @@ class Session:
 
     def effective(self) -> dict[str, Any]:
         """The settings in force by name, the model's own among them; a seed of None is a new one for each answer."""
-        choices = choose(self.loaded.model, sampling=self.settings)
+        choices = self._choices(self.settings)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         shown = {name: getattr(choices.options, name) for name in names}
         return {**shown, "max_new_tokens": choices.max_new_tokens, "stop": list(choices.stop)}
+
+    def _choices(self, settings: dict[str, Any]) -> Choices:
+        model = self.loaded.model
+        return choose(model, sampling=settings, official=official_sampling(model, self.loaded.tokenizer))
 
     def clear(self) -> None:
         """Forgets everything but the system prompt; what is on disk stays, and a new file begins."""

@@ -1,23 +1,60 @@
 """Messages to token ids: the one place where prompts are made, for inference and for training.
 
-    generation 2    [gMASK] sop | [Round 1] 问：q 答：a [Round 2] 问：q 答： | a </s>
-    generation 3    [gMASK] sop | <|user|> "\\n" q <|assistant|> | "\\n" a <|user|> "\\n" q <|assistant|> | "\\n" a </s>
+    generation 1    q0 [gMASK] sop | a0 eop             [Round 0] 问：q 答：a [Round 1] 问：q 答： [gMASK] sop | a eop
+    generation 2    [gMASK] sop [Round 1] 问：q 答：a [Round 2] 问：q 答： | a </s>
+    generation 3    [gMASK] sop   <|user|> "\\n" q <|assistant|> | "\\n" a <|user|> "\\n" q <|assistant|> | "\\n" a </s>
+    generation 4    [gMASK] <sop> <|user|> "\\n" q <|assistant|> | "\\n" a <|user|> … | "\\n" a <|endoftext|>
 
-The primitives that make ids (`build_prompt`, `build_single_message`) belong to the tokenizer, whose official methods
-use them too.
+A row of FORMATS is all that differs between generations: how ids are made (`rounds`, `blocks`), what a reply looks
+like, how tools are called, and how the official code samples. The primitives that make ids (`encode_text`,
+`build_single_message`) belong to the tokenizer, whose official methods use them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from glmkit.chat.blocks import Blocks, chatglm3_contents, glm4_contents
 from glmkit.chat.messages import Message
-from glmkit.chat.tools import TOOLS_SENTENCE, documented_tools
+from glmkit.chat.rounds import Rounds
+from glmkit.chat.tools import GLM4_BUILT_IN, INTERPRETER, parse_json_call, parse_tool_call
+from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import UsageError
-from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer, join_tools
+
+ChatFormat = Rounds | Blocks
+
+# What chat() of the official models does; its top_k comes from transformers' defaults of the time.
+_FIRST_SAMPLING = SamplingOptions(temperature=0.95, top_p=0.7, top_k=50)
+_SAMPLING = SamplingOptions(temperature=0.8, top_p=0.8, top_k=50)
+
+FORMATS: Mapping[int, ChatFormat] = {
+    1: Rounds("ChatGLM-6B", _FIRST_SAMPLING, 0, "\n", bare=True, full_width=True),
+    2: Rounds("ChatGLM2", _SAMPLING, 1, "\n\n"),
+    3: Blocks("ChatGLM3", _SAMPLING, chatglm3_contents, parse_tool_call, frozenset({INTERPRETER}), dummy_prefix=True),
+    4: Blocks("GLM-4", _SAMPLING, glm4_contents, parse_json_call, frozenset(GLM4_BUILT_IN), dummy_prefix=False),
+}
 
 
-def prompt_ids(tokenizer: ChatGLMTokenizer, messages: Sequence[Message]) -> list[int]:
+def chat_format(tokenizer: Any) -> ChatFormat:
+    """The chat format of a tokenizer's generation.
+
+    Args:
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        UsageError: The model has none, as those that fill blanks.
+    """
+    found = FORMATS.get(tokenizer.generation)
+    if found is None:
+        raise UsageError(
+            f"{type(tokenizer).__name__} belongs to a model without a chat format",
+            hint="a model that fills blanks takes one text with [MASK] in it",
+        )
+    return found
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Gives the ids after which the assistant speaks.
 
     Args:
@@ -25,106 +62,51 @@ def prompt_ids(tokenizer: ChatGLMTokenizer, messages: Sequence[Message]) -> list
         messages: The conversation so far.
 
     Returns:
-        Ids from [gMASK] sop to the mark at which the answer begins.
+        Ids up to the mark at which the answer begins. No text in the messages becomes a control id.
 
     Raises:
         UsageError: Messages that this generation has no form for.
     """
-    if tokenizer.generation == 2:
-        query, history = _rounds(messages)
-        return tokenizer.prefix_ids + tokenizer.encode_text(tokenizer.build_prompt(query, history))
-    blocks = [_block(tokenizer, message) for message in messages]
-    return [
-        *tokenizer.prefix_ids,
-        *(token for block in blocks for token in block),
-        tokenizer.get_command("<|assistant|>"),
-    ]
+    return chat_format(tokenizer).prompt_ids(tokenizer, messages)
 
 
-def answer_ids(tokenizer: ChatGLMTokenizer, message: Message, last: bool = True) -> list[int]:
+def answer_ids(tokenizer: Any, message: Message, last: bool = True) -> list[int]:
     """Gives the ids that the model should produce for an assistant message.
 
     Args:
         tokenizer: The model's tokenizer.
         message: The assistant's message.
-        last: Whether it ends the conversation; then </s> follows. Otherwise the role id of the next message would.
+        last: Whether it ends the conversation; then the end mark follows. Otherwise the role id of the next message
+            would.
 
     Returns:
-        What follows `prompt_ids`: in generation 3 header line and content, in generation 2 the content.
+        What follows `prompt_ids`: in generations 3 and 4 header line and content, in 1 and 2 the content.
 
     Raises:
-        UsageError: It is not the assistant's, or generation 2 and the message has metadata.
+        UsageError: It is not the assistant's, or it has metadata in generation 1 or 2.
     """
     if message.role != "assistant":
         raise UsageError(f"an answer is the assistant's; this message is the {message.role}'s")
-    end = [tokenizer.eos_token_id] if last else []
-    if tokenizer.generation == 2:
-        _refuse_tools(message)
-        return tokenizer.encode_text(message.content) + end
-    return _block(tokenizer, message)[1:] + end
+    return chat_format(tokenizer).answer_ids(tokenizer, message, last)
 
 
-def conversation_ids(tokenizer: ChatGLMTokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+def conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """Gives the ids of a whole conversation and which of them are to be learnt.
 
-    In generation 3 every assistant message is learnt, with the role id or </s> that ends it, and not the assistant id
-    in front of it (unless it ends another assistant message). In generation 2 the rounds are one text, so only the last
-    answer follows exactly what the model is asked later, and only that one is learnt.
+    In generations 3 and 4 every assistant message is learnt, with the role id or end mark that ends it, and not the
+    assistant id in front of it (unless it ends another assistant message). In generations 1 and 2 the rounds are one
+    text, so only the last answer follows exactly what the model is asked later, and only that one is learnt.
 
     Args:
         tokenizer: The model's tokenizer.
         messages: The conversation; the last message is the assistant's.
 
     Returns:
-        The ids with </s> at the end, and for each whether it is a target.
+        The ids with the end mark, and for each whether it is a target.
 
     Raises:
         UsageError: The last message is not the assistant's, or a message has no form in this generation.
     """
     if not messages or messages[-1].role != "assistant":
         raise UsageError("a conversation to learn from ends with the assistant's message")
-    if tokenizer.generation == 2:
-        prompt, answer = prompt_ids(tokenizer, messages[:-1]), answer_ids(tokenizer, messages[-1])
-        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
-    ids, learnt = tokenizer.prefix_ids, [False, False]
-    learning = False  # whether the message before is the assistant's
-    for message in messages:
-        block = _block(tokenizer, message)
-        ids += block
-        learnt += [learning] + [message.role == "assistant"] * (len(block) - 1)
-        learning = message.role == "assistant"
-    return [*ids, tokenizer.eos_token_id], [*learnt, True]
-
-
-def _block(tokenizer: ChatGLMTokenizer, message: Message) -> list[int]:
-    """A generation-3 message from its role id to the end of its content."""
-    content = message.content
-    if message.tools is not None:
-        content = join_tools(content or TOOLS_SENTENCE, documented_tools(message.tools))
-    return tokenizer.build_single_message(message.role, message.metadata, content)
-
-
-def _rounds(messages: Sequence[Message]) -> tuple[str, list[tuple[str, str]]]:
-    """Generation 2: the last question and the rounds before it; a system message is glued to the first question."""
-    for message in messages:
-        _refuse_tools(message)
-    system = ""
-    if messages and messages[0].role == "system":
-        system, messages = messages[0].content, messages[1:]
-    roles = [message.role for message in messages]
-    expected = ["user", "assistant"] * (len(messages) // 2) + ["user"]
-    if roles != expected:
-        raise UsageError(
-            f"the roles are {', '.join(roles) or 'none'}; ChatGLM2 takes user and assistant in turn, ending with user"
-        )
-    texts = [message.content for message in messages]
-    texts[0] = system + texts[0]
-    return texts[-1], list(zip(texts[:-1:2], texts[1::2]))
-
-
-def _refuse_tools(message: Message) -> None:
-    if message.role == "observation" or message.metadata or message.tools is not None:
-        raise UsageError(
-            "ChatGLM2 has no form for tools, metadata or observations",
-            hint="use ChatGLM3, or put the text into a user message",
-        )
+    return chat_format(tokenizer).conversation_ids(tokenizer, messages)

@@ -1,25 +1,74 @@
-"""Tools: how ChatGLM3 is told of them and how it calls them. Calls are read as literals and never evaluated."""
+"""Tools: how models are told of them and how they call them. Calls are read as literals and never evaluated.
+
+    ChatGLM3    tools as one JSON text behind a sentence      calls  tool_call(city='北京')
+    GLM-4       a section of text for each tool               calls  {"city": "北京"}
+
+Source: tokenization_chatglm.py of both models' repositories. The texts are what the models were trained to read.
+"""
 
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from glmkit.errors import GlmkitError
+from glmkit.errors import GlmkitError, UsageError
 
 TOOLS_SENTENCE = "Answer the following questions as best as you can. You have access to the following tools:"
 INTERPRETER = "interpreter"  # the header line of code to run, which is no tool call
 MAX_CALL_CHARACTERS = 65_536
 MAX_DEPTH = 32
+_ASSISTANT = (
+    "你是一个名为 {} 的人工智能助手。你是基于智谱AI训练的语言模型 GLM-4 模型开发的，"
+    "你的任务是针对用户的问题和要求提供适当的答复和支持。"
+)
+# What stands in front of GLM-4's tools; the wording of its releases by their first month.
+GLM4_PREAMBLES = {
+    "2024-06": _ASSISTANT.format("GLM-4"),
+    "2024-07": _ASSISTANT.format("GLM-4") + "\n\n# 可用工具",
+    "2024-08": _ASSISTANT.format("GhatGLM") + "\n\n# 可用工具",  # not a slip of ours
+    "2024-10": _ASSISTANT.format("ChatGLM") + "\n\n# 可用工具",
+}
+_GLM4_FUNCTION = "在调用上述函数时，请使用 Json 格式表示调用的参数。"
+GLM4_BUILT_IN = {
+    "python": (
+        "当你向 `python` 发送包含 Python 代码的消息时，该代码将会在一个有状态的 Jupyter notebook 环境中执行。\n"
+        "`python` 返回代码执行的输出，或在执行 60 秒后返回超时。\n"
+        "`/mnt/data` 将会持久化存储你的文件。在此会话中，`python` 无法访问互联网。"
+        "不要使用 `python` 进行任何网络请求或者在线 API 调用，这些在线内容的访问将不会成功。"
+    ),
+    "simple_browser": (
+        "你可以使用 `simple_browser` 工具。该工具支持以下函数：\n"
+        "`search(query: str, recency_days: int)`：使用搜索引擎进行查询并显示结果，"
+        "可以使用 `recency_days` 参数控制搜索内容的时效性。\n"
+        "`mclick(ids: list[int])`：获取一系列指定 id 的页面内容。每次调用时，须选择3-10个页面。"
+        "选择多个角度的页面，同时尽可能选择可信任的信息来源。"
+        "考虑到部分页面是无法加载的，你也可以多打开一些可能有用的页面而不用担心内容过多。\n"
+        "`open_url(url: str)`：打开指定的 URL。\n\n"
+        "使用 `【{引用 id}†{引用文本}】` 来引用内容。\n\n"
+        "操作步骤：1. 使用 `search` 来获得信息列表; 2. 使用 `mclick` 来获取指定 ID 页面的内容; "
+        "3. 根据获得的内容进行回复。在回复中应当引用信息来源。\n"
+        " 如果用户提供了 URL，也可以用 `open_url` 直接打开页面。\n"
+        "如果初次搜索结果没有找到合适的信息，也可以再次使用 `search` 进行搜索。"
+    ),
+    "cogview": (
+        "如果用户的请求中包含了对图像的描述，你可以使用 `cogview` 来生成图像并展示给用户。"
+        "你需要向 `cogview` 发送图像描述，规则：\n"
+        "- 发送给 `cogview` 的消息必须使用英语。用户的中文描述必须完全翻译为英语。\n"
+        "- 应当尽可能详细地描述图像生成的需求，需求描述约 100 英文单词。\n"
+        "- 保持用户原始描述的意图。不要虚构内容或者没见过的人物。\n"
+        "- 如无特殊说明，所在地为中国，持有中国立场并遵循中国社会主义价值观。"
+    ),
+}
 _FENCE = re.compile(r"\s*```[^\n`]*\n(?P<code>.*?)(?:\n?[ \t]*```\s*)?", re.DOTALL)
 
 
 class ToolCallError(GlmkitError, ValueError):
-    """A text that should be one `tool_call(...)` and is not; the message says why."""
+    """A text that should be a call and is none; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +101,77 @@ def documented_tools(tools: list[Any] | Mapping[str, Any]) -> list[Any] | Mappin
         else tool
         for tool in tools
     ]
+
+
+def glm4_tools(tools: list[Any] | Mapping[str, Any], preamble: str) -> str:
+    """Writes what GLM-4 reads about its tools.
+
+    Args:
+        tools: Descriptions of functions, with or without the OpenAI wrapper; {"type": "python"} and the like for tools
+            that the model knows by name (python, simple_browser, cogview). Or a mapping from names to tools.
+        preamble: What stands in front of them, see GLM4_PREAMBLES.
+
+    Returns:
+        The content of a system message.
+
+    Raises:
+        UsageError: Something is no tool of these kinds.
+    """
+    sections = [_glm4_section(tool) for tool in (tools.values() if isinstance(tools, Mapping) else tools)]
+    return preamble + "".join(f"\n\n## {name}\n\n{text}" for name, text in sections)
+
+
+def _glm4_section(tool: Any) -> tuple[str, str]:
+    """Name and text of one tool."""
+    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    if kind in GLM4_BUILT_IN and "function" not in tool:
+        return kind, GLM4_BUILT_IN[kind]
+    (function,) = documented_tools([tool])
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UsageError(
+            f"a tool is {tool!r:.200}; expected a function with a name, or one of the types {', '.join(GLM4_BUILT_IN)}",
+            hint='{"type": "function", "function": {"name": "get_weather", "description": …, "parameters": {…}}}',
+        )
+    return function["name"], f"{json.dumps(function, ensure_ascii=False, indent=4)}\n{_GLM4_FUNCTION}"
+
+
+def parse_json_call(text: str) -> dict[str, Any]:
+    """Reads the arguments of a GLM-4 call: one JSON object.
+
+    Args:
+        text: What the model wrote behind the header line.
+
+    Returns:
+        The arguments by name.
+
+    Raises:
+        ToolCallError: Anything else: no JSON, no object, numbers that are not finite, too long, too deep.
+    """
+    if len(text) > MAX_CALL_CHARACTERS:
+        raise ToolCallError(f"the tool call has {len(text)} characters, expected at most {MAX_CALL_CHARACTERS}")
+    try:
+        arguments = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error) or type(error).__name__
+        raise ToolCallError(f"the arguments of the tool call are no JSON ({reason:.100}): {text[:200]!r}") from None
+    if not isinstance(arguments, dict):
+        raise ToolCallError(f"the arguments of the tool call are a JSON {type(arguments).__name__}, expected an object")
+    for name, value in arguments.items():
+        _check_json(value, name, MAX_DEPTH)
+    return arguments
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_json(value: Any, name: str, depth: int) -> None:
+    if depth == 0:
+        raise ToolCallError(f"the argument {name:.100} is nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, float) and not math.isfinite(value):  # written as 1e999
+        raise ToolCallError(f"the argument {name:.100} has a number that is not finite")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_json(item, name, depth - 1)
 
 
 def parse_tool_call(text: str) -> dict[str, Any]:

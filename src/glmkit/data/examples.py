@@ -121,6 +121,11 @@ def make_example(
         mask[start:stop] = [False] * (stop - start)
     cut_answer = end is not None and len(ids) > end
     if loss_on == "all":
+        if tokenizer.generation == 1:
+            raise UsageError(
+                "loss_on: all: ChatGLM-6B reads a prompt in both directions, so each of its tokens is seen beforehand",
+                hint="use loss_on: answers",
+            )
         mask = [False, False] + [True] * (len(ids) - 2)
     input_ids = torch.tensor(ids[:end], dtype=torch.int32)
     labels = torch.where(torch.tensor(mask[:end], dtype=torch.bool), input_ids, IGNORED)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glmkit import hf
 from glmkit.engine.cache import BufferCache, LanguageModel, new_cache
-from glmkit.engine.layout import layout_for, reads_whole_prompts
+from glmkit.engine.layout import InputLayout, layout_for, reads_whole_prompts
 from glmkit.engine.sampling import Draw, SamplingOptions, row_generators, sample
 from glmkit.errors import UsageError
 
@@ -100,6 +100,7 @@ def stream(
     cancel: CancelToken | None = None,
     prefill_chunk_tokens: int = 512,
     cache: hf.Cache | None = None,
+    layout: InputLayout | None = None,
 ) -> Iterator[Step]:
     """Generates one answer, token by token.
 
@@ -113,6 +114,7 @@ def stream(
         prefill_chunk_tokens: Tokens of the prompt per model call: bounds memory, and the time until cancel is seen. A
             model that reads prompts in both directions gets them whole.
         cache: Tokens of earlier turns. Afterwards it holds prompt and answer too, but for the last token given out.
+        layout: Masks and positions of prompt and answer; None: the model's own, or the causal one.
 
     Returns:
         A generator of steps; the last one has a finish_reason. Closing it early is fine.
@@ -132,7 +134,7 @@ def stream(
     limit = _answer_limit(model, prompt_ids, max_new_tokens, cached)
     if cache is None:
         cache = new_cache(model, 1, len(prompt_ids) + min(limit, _FIRST_ROOM_TOKENS))
-    batch = _Batch(model, [prompt_ids], [0], options, row_generators(options, 1), cache)
+    batch = _Batch(model, [prompt_ids], [0], options, row_generators(options, 1), cache, layout)
     return _steps(batch, frozenset(stop_ids), limit, cancel or CancelToken(), prefill_chunk_tokens, cached)
 
 
@@ -268,6 +270,7 @@ class _Batch:
         options: How tokens are chosen.
         generators: Random numbers of each row.
         cache: Empty, or for a single row with earlier tokens.
+        layout: Masks and positions; None: the model's own, or the causal one.
     """
 
     def __init__(
@@ -278,6 +281,7 @@ class _Batch:
         options: SamplingOptions,
         generators: Sequence[Random],
         cache: hf.Cache,
+        layout: InputLayout | None = None,
     ) -> None:
         self.model, self.options, self.cache = model, options, cache
         self.rows, self.generators = list(rows), list(generators)
@@ -290,7 +294,7 @@ class _Batch:
         padded = [[0] * (width - len(prompt)) + prompt for prompt in self.history]
         self.ids = torch.tensor(padded, dtype=torch.int64, device=model.device)  # (B, T)
         pads = torch.tensor([width - length for length in lengths], device=model.device)
-        self.layout = layout_for(model, self.ids, pads)
+        self.layout = layout_for(model, self.ids, pads) if layout is None else layout
 
     def prefill(self, chunk_tokens: int) -> Iterator[int]:
         """Reads the prompts; yields before each chunk, and at the end, the number of tokens read so far."""

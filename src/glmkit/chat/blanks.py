@@ -1,0 +1,253 @@
+"""Filling the blanks of a text, for models that do this instead of chatting: GLM and GLM-130B.
+
+    text      Beijing is the [MASK] of [MASK].
+
+    GLM       [CLS] Beijing is the [MASK] of [MASK]. eos | sop the capital | sop China
+              Every filling stays behind the text and its predecessors: what follows sees them there. Row 0 of the
+              positions says which blank a filling belongs to, row 1 counts inside it.
+
+    GLM-130B  Beijing is the [MASK] of [MASK]. eos | sop capital
+              Beijing is the capital of [MASK]. eos | sop China
+              Every filling is written into its place before the next one is made.
+
+A text without a blank is gone on with. Source: generate_samples.py of GLM, generate.py of GLM-130B (behaviour, not
+code). On purpose different: blanks of several kinds in one text are all filled, the user's own words are shown as they
+were typed, and mask and start tokens that the model itself writes are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glmkit.chat.answers import AnswerStream, Filled, Reply, TokenUsage
+from glmkit.chat.choices import Choices
+from glmkit.chat.messages import Message
+from glmkit.engine.decode import CancelToken, Step, stream
+from glmkit.engine.layout import InputLayout
+from glmkit.engine.sampling import row_seed
+from glmkit.engine.text import StopText, TextStream
+from glmkit.errors import UsageError
+
+_LONGEST_TOKENS = 512  # of one filling, as in GLM's script
+_BLANK = re.compile(r"\[[gs]?MASK\]")
+
+
+class FillingStream(AnswerStream):
+    """A text whose blanks are being filled: its pieces are the user's own text and, as `Filled`, what the model wrote.
+
+    Args:
+        model: A blank-filling model.
+        tokenizer: Its tokenizer.
+        messages: What was said; the last message is the text, the ones before it mean nothing to the model.
+        choices: How to fill; `max_new_tokens` and `stop` hold for each blank.
+        cancel: Ends it before the next token.
+
+    Raises:
+        UsageError: The last message is no user's, there is a system message, or the text leaves no room.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        messages: Sequence[Message],
+        choices: Choices,
+        *,
+        cancel: CancelToken | None = None,
+    ) -> None:
+        self._model, self._tokenizer, self._choices = model, tokenizer, choices
+        self._messages, self._cancel = tuple(messages), cancel or CancelToken()
+        text = _text_of(messages)
+        self._ids: list[int] = tokenizer.fill_prompt(text)
+        masks, self._sop = frozenset(tokenizer.mask_token_ids), tokenizer.get_command("sop")
+        self._no_text = masks | {self._sop}
+        self._places = [place for place, token in enumerate(self._ids) if token in masks]
+        self._own = _own_text(tokenizer, text, self._ids, self._places)
+        self._goes_on = not _BLANK.search(text)
+        self._room = _room(model, self._ids, self._sop, len(self._places))
+        prompt = [*self._ids, self._sop]
+        # Two rows of positions: the model was trained with several fillings one behind the other.
+        self._two_rows = self._layout(prompt).prompt(0, len(prompt))["position_ids"].ndim == 3
+        self._spans: list[list[int]] = []  # ids of the fillings so far
+        self._fillings: list[str] = []
+        self._text = ""
+        self._finish_reason = "cancelled"
+        super().__init__()
+
+    def _write(self) -> Generator[str, None, None]:
+        reasons: list[str] = []
+        for number in range(len(self._places)):
+            yield from self._show(self._own[number])
+            reasons.append((yield from self._fill(number)))
+            if reasons[-1] == "cancelled":
+                break
+        else:
+            yield from self._show(self._own[-1])
+            self._finish_reason = "length" if "length" in reasons else "stop"
+        self._end()
+
+    def _fill(self, number: int) -> Generator[str, None, str]:
+        """Fills one blank; returns why the filling ended."""
+        decoded, stop = TextStream(self._tokenizer.decode_ids), StopText(self._choices.stop)
+        self._spans.append([])
+        self._fillings.append("")
+        waiting = ""  # blanks that may be the last
+        reason = "cancelled"
+        for step in self._timed(self._steps(number)):
+            text = ""
+            if step.is_text:
+                self._spans[-1].append(step.token_id)
+                if step.token_id not in self._no_text:
+                    text = decoded.push(step.token_id)
+            if step.finish_reason:
+                reason = step.finish_reason
+                text += decoded.finish()
+            waiting += stop.push(text) + (stop.finish() if step.finish_reason else "")
+            if not self._fillings[-1] and (not self._text or self._text[-1].isspace()):
+                waiting = waiting.lstrip()
+            shown = waiting.rstrip()
+            waiting = waiting[len(shown) :]
+            if shown and not self._fillings[-1] and self._goes_on and _are_words(self._text, shown):
+                yield from self._show(" ")
+            self._fillings[-1] += shown
+            yield from self._show(Filled(shown))
+            if stop.stopped:
+                reason = "stop"
+                break
+        return reason
+
+    def _steps(self, number: int) -> Iterator[Step]:
+        options = self._choices.options
+        if options.seed is not None:
+            options = replace(options, seed=row_seed(options.seed, number))
+        layout: InputLayout
+        if self._two_rows:
+            spans = [[self._sop, *span] for span in self._spans[:number]] + [[self._sop]]
+            prompt = [*self._ids, *(token for span in spans for token in span)]
+            positions = _span_positions(len(self._ids), list(zip(self._places, map(len, spans))))
+            layout = _SpanLayout(self._layout(prompt), positions.to(self._model.device))
+        else:
+            prompt = list(self._ids)
+            for earlier in reversed(range(number)):
+                written = [token for token in self._spans[earlier] if token not in self._no_text]
+                prompt[self._places[earlier] : self._places[earlier] + 1] = written
+            prompt = [*prompt, self._sop]
+            layout = self._layout(prompt)
+        left = self._room - sum(map(len, self._spans))
+        return stream(
+            self._model,
+            prompt,
+            options,
+            stop_ids=self._tokenizer.stop_ids,
+            max_new_tokens=min(self._choices.max_new_tokens or _LONGEST_TOKENS, left // (len(self._places) - number)),
+            cancel=self._cancel,
+            layout=layout,
+        )
+
+    def _layout(self, prompt: Sequence[int]) -> InputLayout:
+        ids = torch.tensor([prompt], device=self._model.device)
+        layout: InputLayout = self._model.input_layout(ids, ids.new_zeros(1))
+        return layout
+
+    def _show(self, text: str) -> Iterator[str]:
+        self._text += text
+        if text:
+            yield text
+
+    def _end(self) -> str:
+        answered = (Message("assistant", self._text),) if any(self._fillings) else ()
+        self._reply = Reply(
+            text=self._text,
+            messages=(*self._messages, *answered),
+            finish_reason=self._finish_reason,
+            usage=TokenUsage(len(self._ids) + 1, len(self._seconds)),
+            timings=self._timings(),
+            fillings=tuple(self._fillings),
+        )
+        return ""
+
+
+class _SpanLayout:
+    """A row with several fillings behind its text: the masks of one that has a single long filling, other positions.
+
+    Args:
+        base: The layout of the row; the context ends at the first sop.
+        positions: (1, 2, T) of the prompt.
+    """
+
+    whole_prompt = True
+
+    def __init__(self, base: InputLayout, positions: Tensor) -> None:
+        self._base, self._positions = base, positions
+
+    def prompt(self, start: int, end: int) -> dict[str, Tensor]:
+        """Keyword arguments of the model for columns start to end of the prompt."""
+        return {**self._base.prompt(start, end), "position_ids": self._positions[:, :, start:end]}
+
+    def step(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model for the next token."""
+        self._positions = self._positions[:, :, -1:].clone()
+        self._positions[:, 1] += 1
+        return {**self._base.step(), "position_ids": self._positions}
+
+    def select(self, places: Sequence[int]) -> None:
+        """There is one row, and it stays."""
+
+
+def _span_positions(context: int, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """(1, 2, T) int64 of a context and of spans, given as (column of the blank, tokens with sop)."""
+    first = [*range(context), *(place for place, count in spans for _ in range(count))]
+    second = [*([0] * context), *(number for _, count in spans for number in range(1, count + 1))]
+    return torch.tensor([[first, second]])
+
+
+def _text_of(messages: Sequence[Message]) -> str:
+    for message in messages:
+        if message.role not in ("user", "assistant") or message.metadata:
+            raise UsageError(
+                "a model that fills blanks has no form for system messages and tools",
+                hint="put everything into one text with [MASK] in it",
+            )
+    if not messages or messages[-1].role != "user":
+        raise UsageError("there is no text to fill", hint="give a text with [MASK] in it")
+    return messages[-1].content
+
+
+def _own_text(tokenizer: Any, text: str, ids: Sequence[int], places: Sequence[int]) -> list[str]:
+    """What stands before, between and behind the blanks, as it was typed."""
+    parts = _BLANK.split(text) if _BLANK.search(text) else [text, ""]
+    if len(parts) == len(places) + 1:
+        return parts
+    # Blanks in a spelling of this tokenizer alone, as <mask>.
+    edges = [-1, *places, len(ids)]
+    hidden = {*tokenizer.stop_ids, *tokenizer.prefix_ids}
+    return [
+        tokenizer.decode_ids([token for token in ids[start + 1 : end] if token not in hidden])
+        for start, end in pairwise(edges)
+    ]
+
+
+def _room(model: Any, ids: Sequence[int], sop: int, blanks: int) -> int:
+    """Tokens that all fillings together may have."""
+    if sop in ids:
+        raise UsageError(f"the text has the mark that starts a filling (id {sop}) in it", hint="leave the mark out")
+    context = model.config.max_position_embeddings
+    room: int = context - len(ids) - blanks  # a sop for each
+    if room < blanks:
+        raise UsageError(
+            f"the text has {len(ids):,} tokens; the model's context is {context:,} tokens, the fillings included",
+            hint="shorten the text, or fill it in parts",
+        )
+    return room
+
+
+def _are_words(before: str, after: str) -> bool:
+    """Whether two texts would run into each other as one word, in scripts that have blanks between words."""
+    return bool(re.fullmatch(r"[!-~]\w", before[-1:] + after[:1], re.ASCII))
