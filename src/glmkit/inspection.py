@@ -27,13 +27,13 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def inspect(
-    name: str, *, context_tokens: int = 8_192, batch: int = 1, devices: Sequence[int] | None = None
+    name: str, *, context_tokens: int | None = None, batch: int = 1, devices: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """Describes a folder, or a family that is not on this machine (from its released sizes).
 
     Args:
         name: A folder, family name or hub id. Nothing is fetched.
-        context_tokens: Context length for the KV cache estimate; where the model knows fewer positions, that is taken.
+        context_tokens: Context length for the KV cache estimate. None: 8,192, or what the model has if it has less.
         batch: Number of sequences for it.
         devices: Numbers of devices to divide the model over. None: 4 and 8 for GLM-130B, else none.
 
@@ -67,7 +67,7 @@ def inspect(
             counted = _check(folder, config)
             family = family or find_family(str(folder.config.get("_name_or_path", "")))
     generation = getattr(config, "generation", None) or (family.generation if family else None)
-    context_tokens = min(context_tokens, config.max_position_embeddings)
+    context_tokens = context_tokens or min(8_192, config.max_position_embeddings)
     read = {name: tensors[name] for name in counted}
     if devices is None:
         devices = (4, 8) if isinstance(config, GLM130BConfig) and location is None else ()

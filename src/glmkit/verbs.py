@@ -171,20 +171,56 @@ def quickstart(
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder, model name or hub id.", metavar="MODEL")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    context: Annotated[int, typer.Option("--context", help="Context in tokens, for the memory estimate.")] = 8192,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Context in tokens for the memory estimate; 8192, or the model's.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Conversations at once, for the memory estimate.")] = 1,
+    devices: Annotated[
+        list[int] | None, typer.Option("--devices", help="Memory of each of so many devices; repeatable.")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Show instead who sees whom in this text.")] = None,
+    picture: Annotated[str | None, typer.Option("--picture", metavar="FILE", help="Draw that as a PNG.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="GLM, a text without [MASK]: other spans are cut out.")] = 0,
     json_: Json = False,
 ) -> int:
-    """Prints a description of a checkpoint or family."""
+    """Prints a description of a checkpoint or family, or shows its masks and positions for a text."""
+    if text is not None or picture is not None:
+        return _show_text(model, text, picture, seed, json_)
     from glmkit.inspection import inspect as describe
 
-    for name, value in (("--context", context), ("--batch", batch)):
+    given = [] if context is None else [("--context", context)]
+    for name, value in (*given, ("--batch", batch), *(("--devices", one) for one in devices or ())):
         if value < 1:
             raise UsageError(f"{name} {value}: expected 1 or more")
-    found = describe(model, context_tokens=context, batch=batch)
+    found = describe(model, context_tokens=context, batch=batch, devices=devices or None)
     if not tensors:
         del found["tensors"]
     print(json.dumps(found, ensure_ascii=False, indent=2) if json_ else describe_model(found))
+    return 0
+
+
+@_verb("Write a checkpoint in another layout.")
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder with a checkpoint.", metavar="SRC")],
+    target: Annotated[str, typer.Argument(help="Folder to make.", metavar="DST")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="native: transformers' glm; official: back; shards: mp_rank files; folder: one folder."
+        ),
+    ],
+    degree: Annotated[int, typer.Option("--degree", help="shards: number of tensor-parallel ranks.")] = 1,
+    bits: Annotated[int | None, typer.Option("--bits", help="shards: 8 or 4, quantise each rank's linears.")] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", help="folder: attention heads, where the shards do not say it.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+) -> int:
+    """Converts a folder; the result appears only when it is complete."""
+    from glmkit.export import convert as run
+
+    run(source, target, to, degree=degree, bits=bits, heads=heads, overwrite=overwrite)
+    print(target)
     return 0
 
 
@@ -216,6 +252,48 @@ def finetune(
     from glmkit.train.run import finetune as train
 
     result = train(checked, resume=resume)
+    if result.interrupted:
+        print(f"stopped after step {result.steps}; --resume goes on from there", file=sys.stderr)
+        return 130
+    validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
+    print(
+        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validation}; "
+        f"report in {result.output_dir}",
+        file=sys.stderr,
+    )
+    print(result.result_dir)
+    return 0
+
+
+@_verb("Train a new GLM on texts, by blank infilling.")
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a recipe of this package.")] = "",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it, such as corpus.files=[texts/*.jsonl].", metavar="[KEY=VALUE]..."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it whole, and leave.")] = False,
+    yes: Yes = False,
+) -> int:
+    """Pre-trains, or shows what would be trained."""
+    from glmkit.train.arguments import PretrainRecipe, load_recipe
+
+    _check_recipe_name(recipe, PretrainRecipe)
+    checked = load_recipe(recipe, overrides or (), PretrainRecipe)
+    if dry_run:
+        import yaml
+
+        print(yaml.safe_dump(checked.model_dump(), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    named = checked.model.tokenizer or checked.model.path
+    if named is not None:
+        from glmkit.location import locate
+
+        locate(named, download=yes)
+    from glmkit.train.pretrain import pretrain as train
+
+    result = train(checked, resume=resume).training
     if result.interrupted:
         print(f"stopped after step {result.steps}; --resume goes on from there", file=sys.stderr)
         return 130
@@ -334,9 +412,11 @@ def describe_model(found: dict[str, Any]) -> str:
         found: Its result, with or without the tensors.
     """
     config = found["config"]
-    names = ("num_layers", "hidden_size", "num_attention_heads", "multi_query_group_num", "padded_vocab_size")
+    names = ("num_layers", "hidden_size", "num_attention_heads", "multi_query_group_num", "padded_vocab_size",
+             "vocab_size")  # fmt: skip
+    kind = f"generation {found['generation']}" if found["generation"] else f"the network of {found['network']}"
     lines = [
-        f"{found['name']}: {found['family'] or 'no known family'}, generation {found['generation'] or 'unknown'}",
+        f"{found['name']}: {found['family'] or 'no known family'}, {kind}",
         f"  source      {found['source']}",
         f"  licence     {found['licence'] or 'unknown'}",
         f"  parameters  {found['parameters']:,} in {', '.join(found['dtypes'])}",
@@ -345,14 +425,20 @@ def describe_model(found: dict[str, Any]) -> str:
         "",
         f"memory for {found['context_tokens']:,} tokens x {found['batch']}:",
     ]
-    rows: list[Sequence[str]] = [("", "weights", "KV cache", "total")]
-    for label, cost in found["memory_bytes"].items():
-        rows.append((f"  {label}", *(in_units(cost[part]) for part in ("weights", "kv_cache", "total"))))
-    lines.append(table(rows))
+    lines.append(_memory_table(found["memory_bytes"]))
+    for number, costs in found.get("memory_per_device_bytes", {}).items():
+        lines += ["", f"memory of each of {number} devices, tensor-parallel:", _memory_table(costs)]
     if "tensors" in found:
         listed = [(one["name"], " x ".join(map(str, one["shape"])), one["dtype"]) for one in found["tensors"]]
         lines += ["", table([("tensor", "shape", "dtype"), *listed])]
     return "\n".join(lines)
+
+
+def _memory_table(costs: dict[str, dict[str, int]]) -> str:
+    rows: list[Sequence[str]] = [("", "weights", "KV cache", "total")]
+    for label, cost in costs.items():
+        rows.append((f"  {label}", *(in_units(cost[part]) for part in ("weights", "kv_cache", "total"))))
+    return table(rows)
 
 
 def in_units(size: int) -> str:
@@ -367,16 +453,43 @@ def in_units(size: int) -> str:
     return f"{size} B"
 
 
+def _show_text(model: str, text: str | None, picture: str | None, seed: int, json_: bool) -> int:
+    """Draws a text, or prints what would be drawn."""
+    if text is None:
+        raise UsageError("--picture needs a text to draw", hint='add --text "What is the capital of France?"')
+    from dataclasses import asdict
+
+    from glmkit.picture import scene as scenes
+
+    scene = scenes.describe(model, text, seed=seed)
+    if picture is not None:
+        from glmkit.picture.drawing import draw
+
+        unwritten = draw(scene, picture)
+        if unwritten:
+            listed = " ".join(unwritten)
+            print(f"no font on this machine can write {listed}; the picture has ids in their place", file=sys.stderr)
+        print(f"written to {picture}", file=sys.stderr)
+    if json_:
+        print(json.dumps({"schema": 1} | asdict(scene), ensure_ascii=False, indent=2))
+    elif picture is None:
+        print(scenes.as_text(scene))
+    return 0
+
+
 def _check_task(task: str) -> None:
     if task != "adgen":
         raise UsageError(f"there is no task {task!r}", hint="did you mean glm evaluate adgen?")
 
 
-def _check_recipe_name(recipe: str) -> None:
+def _check_recipe_name(recipe: str, kind: Any = None) -> None:
     """Refuses a recipe that is neither a file nor in the package, with the name that was probably meant."""
-    from glmkit.train.arguments import recipe_names
+    from glmkit.train.arguments import PretrainRecipe, Recipe, recipe_names
 
-    names = recipe_names()
+    names = recipe_names(kind or Recipe)
+    if recipe in recipe_names(Recipe if kind else PretrainRecipe):
+        verb = "finetune" if kind else "pretrain"
+        raise UsageError(f"the recipe {recipe} is not for this verb", hint=f"glm {verb} {recipe}")
     if recipe in names or os.path.isfile(recipe):
         return
     if not recipe:

@@ -1,13 +1,14 @@
 """The only training loop: every method, every kind of data and every number of batches per step goes through it.
 
 One optimizer step sees a window of batches. The loss of the window is the sum of the cross entropies of all its label
-tokens divided by their number, so dividing the window into batches differently changes nothing. The order of the
-windows is a pure function of seed and epoch, so a resumed run continues exactly where it was cut.
+tokens divided by their number, so dividing the window into batches differently changes nothing. Every window carries
+its place in the source, which checkpoints keep, so a resumed run continues exactly where it was cut.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -15,24 +16,26 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from glmkit.data.examples import Example, collate, fingerprint, plan_epoch
+from glmkit import hf
+from glmkit.data.examples import Example
 from glmkit.errors import TrainingError
-from glmkit.train.arguments import Recipe, TrainBlock
+from glmkit.train.arguments import RunRecipe, TrainBlock
 from glmkit.train.checkpoints import checkpoints, lock_folder, newest_checkpoint, publish, save_checkpoint
 from glmkit.train.methods import Method, make_method
 from glmkit.train.progress import Progress
 from glmkit.train.signals import StopSignals
+from glmkit.train.sources import Batch, Place, Records, Source, Window
 from glmkit.train.state import load_tensors, save_tensors
 
 # What may differ between a run and its continuation: where it goes and how often it reports, never what it computes.
-_FREE_TO_CHANGE = {("output", "dir"), ("data", "eval_file"), ("data", "max_eval_samples"), ("model", "device")} | {
-    ("train", key) for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit")
-}
+_FREE_TO_CHANGE = {("output", "dir"), ("data", "eval_file"), ("data", "max_eval_samples"), ("model", "device")}
+_FREE_TO_CHANGE |= {("corpus", key) for key in ("eval_files", "eval_rows", "check_first")}
+_FREE_TO_CHANGE |= {("train", key) for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit")}
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 
@@ -65,9 +68,9 @@ class TrainingResult:
 def train(
     model: nn.Module,
     tokenizer: Any,
-    recipe: Recipe,
-    train_examples: Sequence[Example],
-    eval_examples: Sequence[Example] | None = None,
+    recipe: RunRecipe,
+    train_examples: Sequence[Example] | Source,
+    eval_examples: Sequence[Example] | Sequence[Batch] | None = None,
     resume: bool = False,
     on_step: OnStep | None = None,
     progress: bool = True,
@@ -80,8 +83,8 @@ def train(
         model: The model, where it is to be trained; changed in place.
         tokenizer: Its tokenizer, for the padding id and to be saved with a whole model.
         recipe: What to do.
-        train_examples: What to learn.
-        eval_examples: What to measure the validation loss on.
+        train_examples: What to learn: examples in memory, or any source of windows.
+        eval_examples: What to measure the validation loss on: examples, or batches as they are.
         resume: Continue from the newest good checkpoint in the output folder.
         on_step: Called after every step with its number, the number of all steps, and its metrics.
         progress: Show a bar, or lines where there is no terminal.
@@ -94,16 +97,16 @@ def train(
     """
     output = Path(recipe.output.dir)
     with lock_folder(output), StopSignals() as signals:
-        run = _Run(model, tokenizer, recipe, train_examples, eval_examples or (), output)
+        run = _Run(model, tokenizer, recipe, _as_source(train_examples, tokenizer, recipe), eval_examples or (), output)
         run.start(resume)
         started = time.monotonic()
         with Progress("training", run.total_steps, done=run.step, enabled=progress) as bar:
-            for step, epoch, window in run.windows():
-                metrics = run.optimise(step, epoch, window)
-                bar.update(step, f"loss {metrics['loss']:.4f}")
+            for window in run.windows():
+                metrics = run.optimise(window)
+                bar.update(run.step, f"loss {metrics['loss']:.4f}")
                 run.after_step(metrics)
                 if on_step is not None:
-                    on_step(step, run.total_steps, metrics)
+                    on_step(run.step, run.total_steps, metrics)
                 if signals.received:
                     break
         interrupted = run.step < run.total_steps
@@ -130,26 +133,31 @@ def learning_rate(step: int, total_steps: int, block: TrainBlock) -> float:
 
     Returns:
         The rate: rising linearly to the highest over the warm-up (without one the first step has the highest), then
-        falling to `lr_min_ratio` of it at the last step.
+        falling to `lr_min_ratio` of it at step `lr_decay_steps`, or at the last one.
     """
-    warmup_steps = math.ceil(block.warmup_ratio * total_steps)
+    last = block.lr_decay_steps or total_steps
+    warmup_steps = math.ceil(block.warmup_ratio * last)
     if step <= warmup_steps:
         return block.learning_rate * step / warmup_steps
     if block.lr_scheduler_type == "constant":
         return block.learning_rate
     highest = max(1, warmup_steps)  # the step with the highest rate
-    done = (step - highest) / max(1, total_steps - highest)
+    done = min(1.0, (step - highest) / max(1, last - highest))
+    if block.lr_scheduler_type == "exponential":
+        return block.learning_rate * block.lr_min_ratio**done
     fall = 1 - done if block.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
     return block.learning_rate * (block.lr_min_ratio + (1 - block.lr_min_ratio) * fall)
 
 
-def mean_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: int, recipe: Recipe) -> float:
+def mean_loss(
+    model: nn.Module, examples: Sequence[Example] | Sequence[Batch], pad_token_id: int, recipe: RunRecipe
+) -> float:
     """Measure the mean loss per label token, without learning.
 
     Args:
         model: A model with `label_loss`.
-        examples: What to measure on.
-        pad_token_id: Fills short rows.
+        examples: What to measure on, or the batches to measure on.
+        pad_token_id: Fills short rows of examples.
         recipe: Batch size and precision.
 
     Returns:
@@ -157,20 +165,12 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], pad_token_id: int, 
     """
     was_training = model.training
     model.eval()
-    block = recipe.train
-    plan = plan_epoch(
-        [len(example.input_ids) for example in examples],
-        seed=0,
-        epoch=0,
-        **_batching(block),
-    )
     loss_sum, label_tokens = 0.0, 0
     try:
         with torch.no_grad():
-            for batch in (batch for window in plan for batch in window):
-                inputs = _to_device(collate([examples[number] for number in batch], pad_token_id), model)
-                with _precision(block, model):
-                    loss, count = model.label_loss(**inputs)  # type: ignore[operator]
+            for batch in _in_batches(examples, pad_token_id, recipe.train):
+                with _precision(recipe.train, model):
+                    loss, count = model.label_loss(**_to_device(batch.inputs, model))  # type: ignore[operator]
                 loss_sum += loss.item()
                 label_tokens += count
     finally:
@@ -185,15 +185,15 @@ class _Run:
         self,
         model: nn.Module,
         tokenizer: Any,
-        recipe: Recipe,
-        examples: Sequence[Example],
-        eval_examples: Sequence[Example],
+        recipe: RunRecipe,
+        source: Source,
+        eval_examples: Sequence[Example] | Sequence[Batch],
         output: Path,
     ) -> None:
         self.recipe, self.tokenizer, self.output = recipe, tokenizer, output
-        self.examples, self.eval_examples = examples, eval_examples
-        self.lengths = [len(example.input_ids) for example in examples]
-        self.identity = {"recipe": recipe.model_dump(mode="json"), "data": fingerprint(examples)}
+        self.source, self.eval_examples = source, eval_examples
+        self.place: Place = {}
+        self.identity = {"recipe": recipe.model_dump(mode="json"), "data": source.fingerprint()}
         self.run_id = uuid.uuid4().hex
         self.step = 0
         self.metrics: list[dict[str, float]] = []
@@ -202,11 +202,13 @@ class _Run:
         block = recipe.train
         self.total_steps = block.max_steps
         if self.total_steps < 0:
-            self.total_steps = sum(len(self._plan(epoch)) for epoch in range(block.num_train_epochs))
+            self.total_steps = source.steps(block.num_train_epochs)
         torch.manual_seed(block.seed)
         self.method: Method = make_method(recipe.method)
         self.model = self.method.prepare(model)
         self.model.train()
+        if block.gradient_checkpointing:
+            hf.checkpoint_activations(self.model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         matrices = [parameter for parameter in self.trained if parameter.ndim >= 2]
         vectors = [parameter for parameter in self.trained if parameter.ndim < 2]
@@ -215,40 +217,21 @@ class _Run:
             [group for group in groups if group["params"]],
             lr=block.learning_rate,
             betas=(block.adam_beta1, block.adam_beta2),
+            eps=block.adam_epsilon,
             fused=True,
         )
 
-    def _plan(self, epoch: int) -> list[list[list[int]]]:
-        block = self.recipe.train
-        return plan_epoch(
-            self.lengths,
-            seed=block.seed,
-            epoch=epoch,
-            accumulation=block.gradient_accumulation_steps,
-            **_batching(block),
-        )
+    def windows(self) -> Iterator[Window]:
+        """Yield the windows of the steps still to do."""
+        return itertools.islice(self.source.windows(self.place), self.total_steps - self.step)
 
-    def windows(self) -> Iterator[tuple[int, int, list[list[int]]]]:
-        """Yield (step, epoch, window) of the steps still to do."""
-        step, epoch, done = 0, 0, self.step
-        while step < self.total_steps:
-            for window in self._plan(epoch):
-                step += 1
-                if step > self.total_steps:
-                    return
-                if step > done:
-                    yield step, epoch, window
-            epoch += 1
-
-    def optimise(self, step: int, epoch: int, window: list[list[int]]) -> dict[str, float]:
+    def optimise(self, window: Window) -> dict[str, float]:
         """Do one optimizer step and return its figures."""
-        started = time.monotonic()
-        members = [number for batch in window for number in batch]
-        label_tokens = sum(self.examples[number].label_tokens for number in members)
+        started, step = time.monotonic(), self.step + 1
+        label_tokens = sum(batch.label_tokens for batch in window.batches)
         losses = []
-        for batch in window:
-            chosen = [self.examples[number] for number in batch]
-            inputs = _to_device(collate(chosen, self.tokenizer.pad_token_id), self.model)
+        for batch in window.batches:
+            inputs = _to_device(batch.inputs, self.model)
             with _precision(self.recipe.train, self.model):
                 loss, _ = self.model.label_loss(**inputs)  # type: ignore[operator]
             (loss / label_tokens).backward()
@@ -256,7 +239,8 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.trained, self.recipe.train.max_grad_norm)
         loss_value, norm_value = (torch.stack(losses).sum() / label_tokens).item(), norm.item()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            places = ", ".join(self.examples[number].where for number in members[:8])
+            members = [where for batch in window.batches for where in batch.where]
+            places = ", ".join(members[:8])
             raise TrainingError(
                 f"step {step}: the loss is {loss_value} and the norm of the gradient {norm_value}; the weights were "
                 f"left as they were before it. Records: {places}{', …' if len(members) > 8 else ''}",
@@ -267,14 +251,14 @@ class _Run:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step = step
+        self.step, self.place = step, window.place
         return {
             "step": step,
-            "epoch": epoch,
+            "epoch": window.epoch,
             "loss": loss_value,
             "learning_rate": rate,
             "grad_norm": norm_value,
-            "tokens": sum(self.lengths[number] for number in members),
+            "tokens": sum(batch.tokens for batch in window.batches),
             "label_tokens": label_tokens,
             "seconds": time.monotonic() - started,
         }
@@ -307,7 +291,13 @@ class _Run:
         learnt.mkdir()
         self.method.save(self.model, self.tokenizer, learnt)
         save_tensors(folder, self.optimizer, _device(self.model))
-        state = {"step": self.step, "run_id": self.run_id, "pending": self.pending, **self.identity}
+        state = {
+            "step": self.step,
+            "place": self.place,
+            "run_id": self.run_id,
+            "pending": self.pending,
+            **self.identity,
+        }
         state["versions"] = {"torch": str(torch.__version__)}
         (folder / "state.json").write_text(json.dumps(state, indent=1))
 
@@ -346,6 +336,7 @@ class _Run:
         self.method.restore(self.model, folder / self.method.folder_name)
         load_tensors(folder, self.optimizer, _device(self.model))
         self.step = self.saved_step = state["step"]
+        self.place = state.get("place", {"windows": self.step})  # older checkpoints know records only
         self.pending = state["pending"]
 
     def finish(self, interrupted: bool) -> None:
@@ -361,10 +352,19 @@ class _Run:
         )
 
 
-def _batching(block: TrainBlock) -> dict[str, int]:
-    if block.tokens_per_batch is not None:
-        return {"tokens_per_batch": block.tokens_per_batch}
-    return {"batch_size": block.per_device_train_batch_size}
+def _as_source(examples: Sequence[Example] | Source, tokenizer: Any, recipe: RunRecipe) -> Source:
+    return Records(examples, tokenizer.pad_token_id, recipe.train) if isinstance(examples, Sequence) else examples
+
+
+def _in_batches(examples: Sequence[Example] | Sequence[Batch], pad_token_id: int, block: TrainBlock) -> Iterator[Batch]:
+    """Yield batches as they are, or examples in batches of similar lengths."""
+    if all(isinstance(example, Batch) for example in examples):
+        yield from cast("Sequence[Batch]", examples)
+        return
+    one_each = block.model_copy(update={"gradient_accumulation_steps": 1, "seed": 0})
+    records = Records(cast("Sequence[Example]", examples), pad_token_id, one_each)
+    for window in itertools.islice(records.windows({}), records.steps(1)):
+        yield from window.batches
 
 
 def _device(model: nn.Module) -> torch.device:

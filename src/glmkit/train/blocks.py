@@ -1,0 +1,308 @@
+"""The blocks of recipes: every setting there is, with its default, its limits and, under it, its help.
+
+Names are those of Hugging Face's training arguments wherever they have one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from glmkit.data.mixtures import MIXTURES, Mixture
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelBlock(_Block):
+    """Where the model comes from: an existing one, or a new one from sizes."""
+
+    path: str | None = None
+    """Folder, family name or hub id of the model to tune."""
+    init: dict[str, Any] | None = None
+    """Sizes of a new ChatGLM2/3 model to train from scratch, in the words of config.json; needs `tokenizer`."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer of a new model."""
+    dtype: str = "auto"
+    """Precision in which frozen weights are loaded; trained weights are always float32."""
+    device: str = "auto"
+    """Where to train: auto, cpu, or a device of torch."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelBlock:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give either model.path or model.init")
+        if self.init is not None and self.tokenizer is None:
+            raise ValueError("model.init needs model.tokenizer, the folder of a tokenizer")
+        return self
+
+
+class DataBlock(_Block):
+    """What to learn from."""
+
+    train_file: str
+    """JSON or JSON Lines with the training records."""
+    eval_file: str | None = None
+    """Records on which the validation loss is measured."""
+    prompt_column: str = "content"
+    """Field with the user's text, for records without `conversations`."""
+    response_column: str = "summary"
+    """Field with the answer, for records without `conversations`."""
+    max_source_length: int | None = Field(None, ge=4)
+    """Most tokens of a prompt with its template; longer user texts are shortened, the template never."""
+    max_target_length: int | None = Field(None, ge=1)
+    """Most tokens of an answer; a cut answer is trained without an end mark."""
+    max_length: int = Field(2048, ge=4)
+    """Most tokens of a whole record; the rest is cut on the right."""
+    loss_on: Literal["answers", "all"] = "answers"
+    """Learn the assistant's messages only, or every token."""
+    max_train_samples: int | None = Field(None, ge=1)
+    """Use only the first records of train_file."""
+    max_eval_samples: int | None = Field(None, ge=1)
+    """Use only the first records of eval_file."""
+
+
+class NewModelBlock(_Block):
+    """A new GLM model, or one to go on with."""
+
+    init: dict[str, Any] | None = None
+    """Sizes in the words of config.json; vocab_size follows from the tokenizer if it is left out."""
+    path: str | None = None
+    """Folder, name or hub id of a GLM to go on with, its tokenizer included, instead of new weights."""
+    tokenizer: str | None = None
+    """Folder or name of a GLM tokenizer; none: a SentencePiece tokenizer is made from the corpus."""
+    tokenizer_pieces: int = Field(2000, ge=64)
+    """Pieces of a tokenizer that is made."""
+    device: str = "auto"
+    """Where to train: auto, cpu, or a device of torch."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> NewModelBlock:
+        if (self.path is None) == (self.init is None):
+            raise ValueError("give either model.init, the sizes of a new model, or model.path")
+        if self.path is not None and self.tokenizer is not None:
+            raise ValueError("model.path brings its tokenizer; leave out model.tokenizer")
+        return self
+
+
+class CorpusBlock(_Block):
+    """Texts, however many."""
+
+    files: list[str] = []
+    """Files or patterns to learn from."""
+    eval_files: list[str] = []
+    """Files or patterns on which the validation loss is measured and blanks are filled."""
+    form: Literal["auto", "jsonl", "lines", "paragraphs"] = "auto"
+    """jsonl: an object per line; lines: a document per line; paragraphs: blank lines between them; auto: by name."""
+    text_field: str = "text"
+    """Field with the text, for jsonl."""
+    on_bad_line: Literal["refuse", "skip"] = "refuse"
+    """What cannot be read ends the run, or is left out and counted."""
+    check_first: bool = True
+    """Read all files once before training, so that a bad line is found now and not in a week."""
+    made_documents: int = Field(0, ge=0)
+    """Write so many simple documents in Chinese and English and learn from them, instead of files."""
+    seq_length: int = Field(512, ge=48)
+    """Most tokens of a row, before blanks are made in it."""
+    eval_rows: int = Field(64, ge=1)
+    """Rows of eval_files to measure on."""
+    examples: int = Field(4, ge=0)
+    """Held-out documents in which blanks of every kind are filled for the report."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CorpusBlock:
+        if bool(self.files) == bool(self.made_documents):
+            raise ValueError("give either corpus.files or corpus.made_documents")
+        if self.made_documents and self.eval_files:
+            raise ValueError("corpus.made_documents brings held-out documents of its own; leave out corpus.eval_files")
+        return self
+
+
+class BlanksBlock(_Block):
+    """Which blanks are made; a published mixture, with changes to it."""
+
+    mixture: str = "token_document"
+    """Name of a published mixture; token_document has the defaults of the official argument parser."""
+    bert_prob: float | None = Field(None, ge=0, le=1)
+    """Share of batches with short spans."""
+    gap_sentence_prob: float | None = Field(None, ge=0, le=1)
+    """Share of batches with whole sentences; the rest has one long span a row."""
+    bert_ratio: float | None = Field(None, gt=0, lt=1)
+    """Part of a row that short spans cover."""
+    gap_sentence_ratio: float | None = Field(None, gt=0, lt=1)
+    """Part of a row that sentences cover, at least."""
+    gpt_min_ratio: float | None = Field(None, ge=0, lt=1)
+    """Shortest long span, as a part of the row."""
+    gpt_infill_prob: float | None = Field(None, ge=0, le=1)
+    """Share of long spans that reach to the end of the row (the official name says the opposite)."""
+    avg_block_length: float | None = Field(None, gt=0)
+    """Mean of the Poisson law of short spans."""
+    max_block_length: int | None = Field(None, ge=2)
+    """Short spans are shorter than this."""
+    block_mask_prob: float | None = Field(None, ge=0, lt=1)
+    """Share of the input tokens of short spans that are replaced by noise."""
+    context_mask_ratio: float | None = Field(None, ge=0, lt=1)
+    """Share of tokens near blanks that are replaced by noise."""
+    context_mask_range: int | None = Field(None, ge=1)
+    """How near, in tokens."""
+    short_seq_prob: float | None = Field(None, ge=0, le=1)
+    """Share of batches whose rows are first cut into shorter pieces."""
+    single_span_prob: float | None = Field(None, ge=0, le=1)
+    """Share of batches with exactly one short span a row."""
+    task_mask: bool | None = None
+    """Whether sentences and long spans have blanks of their own, [sMASK] and [gMASK]."""
+
+    @model_validator(mode="after")
+    def _known(self) -> BlanksBlock:
+        if self.mixture not in MIXTURES:
+            raise ValueError(f"there is no mixture {self.mixture!r}; known are {', '.join(MIXTURES)}")
+        whole = self.whole()
+        if whole.bert_prob + whole.gap_sentence_prob > 1:
+            raise ValueError(f"bert_prob {whole.bert_prob} and gap_sentence_prob {whole.gap_sentence_prob} exceed 1")
+        return self
+
+    def whole(self) -> Mixture:
+        """Return the mixture with the changes."""
+        changes = self.model_dump(exclude={"mixture"}, exclude_none=True)
+        return dataclasses.replace(MIXTURES[self.mixture], **changes)
+
+
+class MethodBlock(_Block):
+    """Which parameters learn."""
+
+    name: Literal["full", "lora"] = "full"
+    """full: all parameters. lora: small matrices beside the frozen ones, saved as a PEFT folder."""
+    r: int = Field(8, ge=1)
+    """Rank of the LoRA matrices."""
+    lora_alpha: float = Field(32, gt=0)
+    """LoRA's output is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout on the input of the LoRA matrices."""
+    target_modules: list[str] = ["query_key_value"]
+    """Names of the linear layers that get LoRA matrices."""
+
+
+class TrainBlock(_Block):
+    """How to learn."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Highest learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "exponential", "constant"] = "linear"
+    """How the learning rate falls after the warm-up; all but constant end at lr_min_ratio."""
+    lr_min_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the last step, as a part of learning_rate."""
+    lr_decay_steps: int | None = Field(None, ge=1)
+    """Step at which the learning rate has fallen, and of which warmup_ratio is a part, instead of the last one."""
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    """Part of the steps over which the learning rate rises from 0."""
+    num_train_epochs: int = Field(1, ge=1)
+    """Passes over the data, unless max_steps is given."""
+    max_steps: int = Field(-1, ge=-1)
+    """Optimizer steps; -1 means num_train_epochs decides."""
+    per_device_train_batch_size: int = Field(8, ge=1)
+    """Records per batch, unless tokens_per_batch is given."""
+    tokens_per_batch: int | None = Field(None, ge=16)
+    """Most tokens per batch, padding included, instead of a number of records."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Batches per optimizer step; every label token weighs the same whatever the division."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of AdamW's mean of squared gradients."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    bf16: bool = False
+    """Compute matrix products in bfloat16 (weights, loss and optimizer stay float32)."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside blocks and compute them again: less memory, a third more time."""
+    seed: int = Field(42, ge=0)
+    """Seed of weights, order of the data and dropout."""
+    logging_steps: int = Field(10, ge=1)
+    """Write a line of metrics every so many steps."""
+    eval_steps: int = Field(0, ge=0)
+    """Measure the validation loss every so many steps; 0: at the end only."""
+    save_steps: int = Field(500, ge=0)
+    """Save a checkpoint every so many steps; 0: only when the run is stopped."""
+    save_total_limit: int = Field(2, ge=1)
+    """Keep this many checkpoints."""
+
+    @model_validator(mode="after")
+    def _falls_somewhere(self) -> TrainBlock:
+        if self.lr_scheduler_type == "exponential" and self.lr_min_ratio == 0:
+            raise ValueError("an exponential learning rate never reaches 0; set lr_min_ratio")
+        return self
+
+
+class OutputBlock(_Block):
+    """Where results go."""
+
+    dir: str
+    """Folder for checkpoints, metrics, report and the result; one run at a time."""
+
+
+class Recipe(_Block):
+    """A whole recipe for tuning."""
+
+    model: ModelBlock
+    """Where the model comes from."""
+    data: DataBlock
+    """What to learn from."""
+    method: MethodBlock = MethodBlock()
+    """Which parameters learn."""
+    train: TrainBlock = TrainBlock()
+    """How to learn."""
+    output: OutputBlock
+    """Where results go."""
+
+
+class PretrainRecipe(_Block):
+    """A whole recipe for pre-training GLM by blank infilling."""
+
+    model: NewModelBlock
+    """Sizes and tokenizer of the new model."""
+    corpus: CorpusBlock
+    """What to learn from."""
+    blanks: BlanksBlock = BlanksBlock()
+    """Which blanks to make."""
+    method: MethodBlock = MethodBlock()
+    """Which parameters learn: all of them."""
+    train: TrainBlock = TrainBlock()
+    """How to learn; per_device_train_batch_size counts rows."""
+    output: OutputBlock
+    """Where results go."""
+
+    @model_validator(mode="after")
+    def _everything_learns(self) -> PretrainRecipe:
+        if self.method.name != "full":
+            raise ValueError("a new model learns with method.name=full")
+        if self.train.max_steps < 1:
+            raise ValueError("train.max_steps is missing: a corpus is a stream without an end")
+        if self.train.tokens_per_batch is not None:
+            raise ValueError("train.tokens_per_batch is for records; rows are counted by per_device_train_batch_size")
+        return self
+
+
+class RunRecipe(Protocol):
+    """What the loop needs to know, whatever is learnt."""
+
+    @property
+    def method(self) -> MethodBlock:
+        """Which parameters learn."""
+
+    @property
+    def train(self) -> TrainBlock:
+        """How to learn."""
+
+    @property
+    def output(self) -> OutputBlock:
+        """Where results go."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """Return all settings."""
