@@ -24,6 +24,7 @@ from glmkit.location import locate
 from glmkit.models.architectures import CONFIGS, config_class
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import CheckedConfig
+from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import is_model_parallel, open_model_parallel
@@ -37,6 +38,12 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 _DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "half": torch.float16}
 # What a class adds to a released checkpoint, to be trained: prefix encoder and classification heads.
 _UNTRAINED = ("transformer.prefix_encoder.", "classifier_head.", "dense.", "out_proj.")
+_GLM130B_TOKENS = {
+    "mask_token_id": "[MASK]",
+    "gmask_token_id": "[gMASK]",
+    "smask_token_id": "[sMASK]",
+    "bos_token_id": "sop",
+}
 _SMALL_BYTES = 10**9  # below it a CPU computes float16 checkpoints in float32
 
 # Names that people type from other tools, and ours.
@@ -315,7 +322,27 @@ def _load_tokenizer(folder: Folder, config: CheckedConfig) -> Any:
         config.generation = tokenizer.generation
     if isinstance(config, GLMConfig):  # the official config names no token
         config.sop_token_id, config.mask_token_ids = tokenizer.sop_token_id, list(tokenizer.mask_token_ids)
+    if isinstance(config, GLM130BConfig):
+        _take_token_ids(config, folder, tokenizer)
     return tokenizer
+
+
+def _take_token_ids(config: GLM130BConfig, folder: Folder, tokenizer: Any) -> None:
+    """GLM-130B: the release has no config.json to name its control tokens; where there is one, it must agree."""
+    ids = {field: tokenizer.get_command(command) for field, command in _GLM130B_TOKENS.items()}
+    ends = [tokenizer.get_command("eop"), tokenizer.get_command("eos")]
+    said = folder.read_object("config.json") or {}
+    wrong = [
+        f"{field} is {said[field]}, not {token}" for field, token in ids.items() if said.get(field, token) != token
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{folder.path}: config.json and tokenizer have different vocabularies: " + "; ".join(wrong),
+            hint="check that all files of the folder belong to one release",
+        )
+    for field, value in {**ids, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}.items():
+        if field not in said:
+            setattr(config, field, value)
 
 
 def _accept_synonyms(arguments: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:

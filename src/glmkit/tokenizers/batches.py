@@ -1,8 +1,11 @@
-"""Lists of ids: their masks, positions and padding, nested or not, and texts that cannot become ids."""
+"""Lists of ids: their masks, positions and padding, nested or not; texts that cannot become ids; and decoded text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from glmkit.errors import TokenizerError
 
@@ -106,3 +109,40 @@ def pad_like(values: Any, ids: Any, left: bool) -> Any:
         return [pad_like(row, target, left) for row, target in zip(values, ids)]
     zeros = [0] * (len(ids) - len(values))
     return zeros + values if left else values + zeros
+
+
+def prefix_places(ids: Sequence[int], sop: int, masks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Makes the mask and the positions that ChatGLM-6B's tokenizer gives a row without padding.
+
+    Args:
+        ids: The row, T ids. All in front of the first `sop` is context; without one, everything is.
+        sop: The id that begins an answer.
+        masks: The ids of mask tokens; the first of them that the row has is where the answer belongs.
+
+    Returns:
+        Mask (1, T, T) bool, True = blocked, and positions (2, T): where a token belongs, and how far into the answer.
+    """
+    columns = np.arange(len(ids))
+    context = ids.index(sop) if sop in ids else len(ids)
+    seen = (columns[None] < context) | (columns[None] <= columns[:, None])
+    blank = next((ids.index(mask) for mask in masks if mask in ids), columns)
+    belongs = np.where(columns < context, columns, blank)
+    return ~seen[None], np.stack((belongs, np.maximum(columns - context + 1, 0)))
+
+
+_JOINED = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
+           (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
+
+
+def clean_up(text: str) -> str:
+    """Joins marks to the word in front of them, as transformers' `clean_up_tokenization_spaces` does.
+
+    Args:
+        text: Decoded text.
+
+    Returns:
+        The text with fewer blanks.
+    """
+    for apart, joined in _JOINED:
+        text = text.replace(apart, joined)
+    return text

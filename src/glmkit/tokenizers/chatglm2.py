@@ -17,40 +17,26 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenizers import AddedToken, processors
 
-from glmkit.errors import OutputError, TokenizerError, UsageError
-from glmkit.hf import BatchEncoding, TokenizersBackend
-from glmkit.tokenizers.batches import ones_like, pad_like, positions, refuse_surrogates, tensor_type, to_lists
-from glmkit.tokenizers.folder import (
-    CONFIG_FILE,
-    HUB_ARGUMENTS,
-    MODEL_FILE,
-    check_link,
-    decide_generation,
-    fetch_model_file,
-    read_config,
-)
+from glmkit.errors import TokenizerError, UsageError
+from glmkit.hf import BatchEncoding
+from glmkit.tokenizers.chat_tokenizer import ChatTokenizer, TokenIdError
+from glmkit.tokenizers.folder import MODEL_FILE, decide_generation
 from glmkit.tokenizers.sentencepiece_bpe import PieceDecoder, build_tokenizer, read_pieces
 from glmkit.tokenizers.view import SentencePieceView
-from glmkit.writing import write_text_atomic
 
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 ROLES = ("system", "user", "assistant", "observation")
 ROLE_TOKENS = tuple(f"<|{role}|>" for role in ROLES)
 
 
-class TokenIdError(TokenizerError, IndexError):
-    """A token id outside the vocabulary (an IndexError too, as the official generation 2 raises)."""
-
-
-class ChatGLMTokenizer(TokenizersBackend):
-    """The tokenizer of ChatGLM2 and ChatGLM3.
+class ChatGLMTokenizer(ChatTokenizer):
+    """The tokenizer of ChatGLM2 and ChatGLM3, and of CodeGeeX2, which is a ChatGLM2.
 
     Args:
         vocab_file: The SentencePiece file, usually `<folder>/tokenizer.model`.
@@ -67,8 +53,7 @@ class ChatGLMTokenizer(TokenizersBackend):
     """
 
     vocab_files_names = {"vocab_file": MODEL_FILE}  # noqa: RUF012 - a class attribute of the base
-    model_input_names = ["input_ids", "attention_mask", "position_ids"]  # noqa: RUF012
-    padding_side = "left"
+    saved_options: ClassVar[tuple[str, ...]] = (*ChatTokenizer.saved_options, "encode_special_tokens")
 
     def __init__(
         self,
@@ -83,7 +68,7 @@ class ChatGLMTokenizer(TokenizersBackend):
         if not path.is_file() and (path.parent / "ice_text.model").is_file():
             raise TokenizerError(
                 f"{path.parent} holds ice_text.model of ChatGLM-6B (generation 1); expected {MODEL_FILE}",
-                hint="this version reads ChatGLM2 and ChatGLM3; generation 1 comes in a later one",
+                hint="AutoTokenizer.from_pretrained takes the right class, which is ChatGLM1Tokenizer",
             )
         pieces = read_pieces(path)
         self.generation = decide_generation(path.parent, generation)
@@ -93,11 +78,8 @@ class ChatGLMTokenizer(TokenizersBackend):
         plain.post_processor = processors.TemplateProcessing(
             single="[gMASK] sop $A", pair="[gMASK] sop $A $B </s>", special_tokens=[*prefix, ("</s>", 2)]
         )
-        kept = {key: kwargs[key] for key in ("name_or_path", "model_max_length") if key in kwargs}
-        super().__init__(tokenizer_object=plain, padding_side=padding_side, **kept)
-        self.vocab_file = str(path)
+        super().__init__(path, pieces.data, plain, padding_side, **kwargs)
         self._pieces = pieces
-        self._plain = plain  # keeps no state between calls, while the base class's copy remembers truncation
         # Generation 2 decodes control ids to nothing, generation 3 to their names.
         self._decoder = PieceDecoder(pieces, control if self.generation == 3 else [""] * len(control))
         self.tokenizer = SentencePieceView(self, len(pieces), control, pieces.data)
@@ -105,112 +87,6 @@ class ChatGLMTokenizer(TokenizersBackend):
         self.encode_special_tokens = encode_special_tokens
         if encode_special_tokens and self.generation == 3:
             self.add_tokens([AddedToken(name, special=True, normalized=False) for name in ROLE_TOKENS])
-
-    # --- loading and saving ---
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *init_inputs: Any, **kwargs: Any
-    ) -> ChatGLMTokenizer:
-        """Loads the tokenizer of a checkpoint folder or hub id without running any file of it.
-
-        Args:
-            pretrained_model_name_or_path: A folder with tokenizer.model, or a hub id.
-            *init_inputs: Further positional arguments of the class behind `vocab_file`.
-            **kwargs: Arguments of the class (`generation`, `padding_side`, ...) and the usual ones for the hub
-                (`revision`, `token`, `cache_dir`, ...). `trust_remote_code` changes nothing.
-
-        Returns:
-            The tokenizer.
-
-        Raises:
-            TokenizerError: See the class.
-        """
-        hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-        name = os.fspath(pretrained_model_name_or_path)
-        if os.path.isdir(name):
-            vocab_file = Path(name, hub.get("subfolder") or "", MODEL_FILE)
-        elif os.path.isfile(name):
-            vocab_file = Path(name)
-        else:
-            vocab_file = fetch_model_file(name, hub)
-        if not os.path.isfile(name):  # a file that the caller names may lie anywhere
-            check_link(vocab_file)
-        saved = read_config(vocab_file.parent / CONFIG_FILE)
-        kept = ("padding_side", "encode_special_tokens", "model_max_length")
-        arguments = {key: saved[key] for key in kept if key in saved} | kwargs
-        return cls(vocab_file, *init_inputs, name_or_path=name, **arguments)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> tuple[str, ...]:
-        """Writes tokenizer.model and a tokenizer_config.json that names class and generation.
-
-        Args:
-            save_directory: The folder; it is made if it does not exist.
-            legacy_format: Ignored: there is one format.
-            filename_prefix: What both file names start with, followed by a dash.
-            push_to_hub: Not supported here.
-            **kwargs: Ignored, for callers that pass more.
-
-        Returns:
-            The two paths.
-
-        Raises:
-            UsageError: `push_to_hub` is set, or `save_directory` is a file.
-        """
-        if push_to_hub:
-            raise UsageError(
-                "save_pretrained(push_to_hub=True) is not supported", hint="use tokenizer.push_to_hub(...)"
-            )
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise UsageError(f"{folder} is a file; expected a folder to save the tokenizer in")
-        folder.mkdir(parents=True, exist_ok=True)
-        prefix = f"{filename_prefix}-" if filename_prefix else ""
-        config = {
-            "tokenizer_class": "ChatGLMTokenizer",
-            "generation": self.generation,
-            "padding_side": self.padding_side,
-            "encode_special_tokens": self.encode_special_tokens,
-            "model_max_length": self.model_max_length,
-            "clean_up_tokenization_spaces": False,
-            "do_lower_case": False,
-            "remove_space": False,
-        }
-        config_path = folder / (prefix + CONFIG_FILE)
-        written = self.save_vocabulary(os.fspath(folder), filename_prefix)
-        write_text_atomic(config_path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        return (str(config_path), *written)
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Writes the SentencePiece file as it was read.
-
-        Args:
-            save_directory: An existing folder.
-            filename_prefix: What the file name starts with, followed by a dash.
-
-        Returns:
-            The path.
-
-        Raises:
-            OutputError: The file cannot be written.
-        """
-        path = Path(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + MODEL_FILE)
-        # Beside its place and then moved there: the folder may be the one that this tokenizer was read from.
-        temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
-        try:
-            temporary.write_bytes(self._pieces.data)
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-        return (str(path),)
 
     # --- vocabulary ---
 
@@ -258,24 +134,10 @@ class ChatGLMTokenizer(TokenizersBackend):
         """
         return self.prefix_ids
 
-    def get_command(self, token: str) -> int:
-        """Gives the id of a control token.
-
-        Args:
-            token: Its name, such as "[gMASK]", "sop", "<|user|>", "<eos>".
-
-        Returns:
-            Its id.
-
-        Raises:
-            TokenizerError: There is no such token in this generation.
-        """
-        known = self.special_tokens | self.tokenizer.special_tokens
-        if token not in known:
-            raise TokenizerError(
-                f"{token!r} is no control token of generation {self.generation}; expected one of {', '.join(known)}"
-            )
-        return known[token]
+    @property
+    def commands(self) -> dict[str, int]:
+        """The ids that only templates write, by name."""
+        return self.special_tokens | self.tokenizer.special_tokens
 
     def piece(self, index: int) -> str:
         """Gives the piece of an id as the official class does: <s>, </s> and <unk> are empty.
@@ -305,128 +167,7 @@ class ChatGLMTokenizer(TokenizersBackend):
             )
         return True
 
-    def convert_ids_to_tokens(self, ids: int | list[int], skip_special_tokens: bool = False) -> str | list[str]:
-        """Gives pieces for ids.
-
-        Args:
-            ids: One id or several.
-            skip_special_tokens: Changes nothing, because no token is registered as special.
-
-        Returns:
-            One piece or several, see `piece`.
-        """
-        if isinstance(ids, int):
-            return self.piece(ids)
-        return [self.piece(int(index)) for index in ids]
-
     # --- text to ids ---
-
-    def encode_text(self, text: str) -> list[int]:
-        """Encodes plain text: no prefix ids, and nothing in it is read as a control token, whatever the settings.
-
-        Args:
-            text: Any text.
-
-        Returns:
-            Token ids, starting with the dummy prefix.
-
-        Raises:
-            TokenizerError: The text has a lone surrogate.
-        """
-        refuse_surrogates(text)
-        return self._plain.encode(text, add_special_tokens=False).ids
-
-    def tokenize(
-        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Splits text into pieces.
-
-        Args:
-            text: The text.
-            pair: A second text.
-            add_special_tokens: Whether [gMASK] and sop go in front.
-            **kwargs: Arguments of the base class.
-
-        Returns:
-            The pieces.
-        """
-        refuse_surrogates((text, pair))
-        return super().tokenize(text, pair, add_special_tokens=add_special_tokens, **kwargs)
-
-    def encode(self, text: Any, text_pair: Any = None, *args: Any, **kwargs: Any) -> list[int]:
-        """Encodes a text, or a pair, to ids with [gMASK] and sop in front.
-
-        Args:
-            text: The text.
-            text_pair: A second text; then </s> ends the ids.
-            *args: Further arguments of the base class.
-            **kwargs: Further arguments of the base class (`add_special_tokens`, `truncation`, `max_length`, ...).
-
-        Returns:
-            Token ids.
-        """
-        refuse_surrogates((text, text_pair))
-        return super().encode(text, text_pair, *args, **kwargs)
-
-    def __call__(
-        self,
-        text: Any = None,
-        text_pair: Any = None,
-        *args: Any,
-        return_tensors: str | None = None,
-        return_attention_mask: bool | None = None,
-        **kwargs: Any,
-    ) -> BatchEncoding:
-        """Encodes one text or several for the model.
-
-        Args:
-            text: A text or a list of texts.
-            text_pair: Second texts, to make pairs.
-            *args: Further arguments of the base class.
-            return_tensors: "pt" or "np" for arrays (B, T) int64, None for lists.
-            return_attention_mask: False leaves the mask out.
-            **kwargs: Further arguments of the base class (`padding`, `truncation`, `max_length`, ...).
-
-        Returns:
-            input_ids, attention_mask (1 text, 0 padding) and position_ids (0 on padding, then 0, 1, 2, ...).
-
-        Raises:
-            TokenizerError: A text has a lone surrogate.
-        """
-        refuse_surrogates((text, text_pair, kwargs.get("text_target")))
-        plain = super().__call__(text, text_pair, *args, return_attention_mask=True, **kwargs)
-        data = dict(plain)
-        data["position_ids"] = positions(data["attention_mask"])
-        if return_attention_mask is False:
-            del data["attention_mask"]
-        single = not data["input_ids"] or isinstance(data["input_ids"][0], int)
-        return BatchEncoding(data, plain.encodings, tensor_type=return_tensors, prepend_batch_axis=single)
-
-    def pad(self, encoded_inputs: Any, *args: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchEncoding:
-        """Pads encoded inputs to one length, position_ids included.
-
-        Args:
-            encoded_inputs: What `__call__` returned, or a list of such.
-            *args: Further arguments of the base class.
-            return_tensors: "pt" or "np" for arrays, None for lists (arrays stay arrays).
-            **kwargs: Further arguments of the base class (`padding`, `max_length`, `padding_side`, ...).
-
-        Returns:
-            The padded inputs; given position_ids are kept and get 0 on padding.
-        """
-        if not isinstance(encoded_inputs, Mapping):
-            encoded_inputs = {key: [one[key] for one in encoded_inputs] for key in encoded_inputs[0]}
-        return_tensors = return_tensors or tensor_type(encoded_inputs["input_ids"])
-        lists = {key: to_lists(value) for key, value in encoded_inputs.items()}
-        given = lists.pop("position_ids", None)
-        lists["attention_mask"] = lists.get("attention_mask") or ones_like(lists["input_ids"])
-        data = dict(super().pad(lists, *args, **kwargs))
-        if given is None:
-            data["position_ids"] = positions(data["attention_mask"])
-        else:
-            left = (kwargs.get("padding_side") or self.padding_side) == "left"
-            data["position_ids"] = pad_like(given, data["input_ids"], left)
-        return BatchEncoding(data, tensor_type=return_tensors)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
@@ -444,41 +185,6 @@ class ChatGLMTokenizer(TokenizersBackend):
         return first if token_ids_1 is None else [*first, *token_ids_1, self.eos_token_id]
 
     # --- ids to text ---
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str | list[str]:
-        """Turns ids into text.
-
-        Args:
-            token_ids: An id, a list of ids, a list of such lists, or a tensor.
-            skip_special_tokens: Changes nothing: generation 2 decodes control ids to nothing, generation 3 to their
-                names, as the official classes do.
-            **kwargs: Ignored, for callers that pass more.
-
-        Returns:
-            The text, or one per list. A pending part of a character becomes one U+FFFD per byte.
-
-        Raises:
-            TokenIdError: Generation 2 and an id behind the vocabulary.
-        """
-        ids = to_lists(token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids)
-        if isinstance(ids, int):
-            ids = [ids]
-        if ids and isinstance(ids[0], list):
-            return [self.decode_ids(row) for row in ids]
-        return self.decode_ids(ids)
-
-    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
-        """Turns several lists of ids into texts.
-
-        Args:
-            sequences: Lists of ids or a tensor.
-            skip_special_tokens: See `decode`.
-            **kwargs: Ignored, for callers that pass more.
-
-        Returns:
-            One text per list.
-        """
-        return [self.decode_ids([row] if isinstance(row, int) else row) for row in to_lists(sequences)]
 
     def decode_ids(self, ids: Iterable[int]) -> str:
         """Turns one list of ids into text, without looking at their form.

@@ -1,4 +1,4 @@
-"""What a folder (or hub id) with a ChatGLM tokenizer says: its files, and which generation it belongs to.
+"""What a folder (or hub id) with a tokenizer says: its files, and which generation of ChatGLM it belongs to.
 
 ChatGLM2 and ChatGLM3 use the same SentencePiece file, and their configuration differs in nothing that must be there. So
 the generation is decided from several signs, and never when they disagree.
@@ -23,14 +23,20 @@ _SIGN_FILES = (CONFIG_FILE, "config.json", "tokenization_chatglm.py")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 MAX_SIGN_BYTES = 2**20  # of each file that is read as a sign; the official ones have a few kilobytes
-_NAME = re.compile(r"chatglm([23])(?!\d)|(?<![a-z])glm([23])(?=_)", re.IGNORECASE)
+# Names of released models, those of MindFormers among them. CodeGeeX2 is a ChatGLM2, CodeGeeX4 a GLM-4.
+_NAMES = {
+    1: re.compile(r"chatglm[-_]6b|(?<![a-z])glm_6b", re.IGNORECASE),
+    2: re.compile(r"chatglm2(?!\d)|(?<![a-z])glm2(?=_)|codegeex2(?!\d)", re.IGNORECASE),
+    3: re.compile(r"chatglm3(?!\d)|(?<![a-z])glm3(?=_)", re.IGNORECASE),
+    4: re.compile(r"(?<![a-z])glm-?4(?!\d)|codegeex4(?!\d)", re.IGNORECASE),
+}
 _CURE = "say which one it is: generation=2 (ChatGLM2) or generation=3 (ChatGLM3)"
 
 
 def decide_generation(folder: Path, generation: int | None = None) -> int:
-    """Decides between generation 2 and 3.
+    """Decides between generation 2 and 3, which have the same vocabulary; 1 and 4 are known by their files.
 
-    Signs, each 2, 3 or absent: `name_or_path` in tokenizer_config.json, role tokens in tokenizer_config.json,
+    Signs, each a generation or absent: `name_or_path` in tokenizer_config.json, role tokens in tokenizer_config.json,
     `_name_or_path` in config.json, and the text of tokenization_chatglm.py, which is read and never run. The key
     `generation` in tokenizer_config.json, which glmkit writes, beats them; the argument beats that.
 
@@ -60,21 +66,21 @@ def decide_generation(folder: Path, generation: int | None = None) -> int:
         "the text of tokenization_chatglm.py": _coded(_read(folder / "tokenization_chatglm.py")),
     }
     found = {sign: number for sign, number in signs.items() if number is not None}
-    if len(set(found.values())) == 1:
+    if len(set(found.values())) == 1 and set(found.values()) <= {2, 3}:
         return next(iter(found.values()))
     listed = "; ".join(f"{sign}: {number or 'no sign'}" for sign, number in signs.items())
-    problem = "the signs disagree" if found else "there is no sign"
+    problem = "the signs disagree, or with its vocabulary" if found else "there is no sign"
     raise TokenizerError(f"{folder} may be ChatGLM2 or ChatGLM3: {problem} ({listed})", hint=_CURE)
 
 
-def model_type(folder: Path) -> object:
-    """Reads what kind of model a folder says it holds.
+def model_config(folder: Path) -> dict[str, object]:
+    """Reads what a folder says of its model.
 
     Args:
         folder: The folder.
 
     Returns:
-        `model_type` of its config.json, None if there is none.
+        The content of its config.json, empty if there is none.
 
     Raises:
         TokenizerError: config.json is larger than any real one, so that it would not be looked at.
@@ -82,7 +88,31 @@ def model_type(folder: Path) -> object:
     path = folder / "config.json"
     if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
         raise TokenizerError(f"{path} has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} expected")
-    return _object(_read(path, MAX_CONFIG_BYTES)).get("model_type")
+    return _object(_read(path, MAX_CONFIG_BYTES))
+
+
+def declared_class(folder: Path) -> object:
+    """Reads what a folder calls its tokenizer.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        `tokenizer_class` of its tokenizer_config.json, None if it does not say it.
+    """
+    return _object(_read(folder / CONFIG_FILE)).get("tokenizer_class")
+
+
+def saved_generation(folder: Path) -> object:
+    """Reads the generation that glmkit writes into the tokenizer_config.json of every chat tokenizer it saves.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        1 to 4, None if the folder was not saved by glmkit.
+    """
+    return _object(_read(folder / CONFIG_FILE)).get("generation")
 
 
 def _read(path: Path, limit_bytes: int = MAX_SIGN_BYTES) -> str:
@@ -103,25 +133,28 @@ def _object(text: str) -> dict[str, object]:
 def _named(name: object) -> int | None:
     if not isinstance(name, str):
         return None
-    numbers = {int(first or second) for first, second in _NAME.findall(name)}
-    return numbers.pop() if len(numbers) == 1 else None
+    numbers = [number for number, pattern in _NAMES.items() if pattern.search(name)]
+    return numbers[0] if len(numbers) == 1 else None
 
 
 def _coded(text: str) -> int | None:
+    if "tiktoken" in text:
+        return 4
     if "<|system|>" in text:
         return 3
     return 2 if "class ChatGLMTokenizer" in text and "ice_text" not in text else None
 
 
-def fetch_model_file(name: str, hub: Mapping[str, Any]) -> Path:
+def fetch_model_file(name: str, hub: Mapping[str, Any], file: str = MODEL_FILE) -> Path:
     """Fetches the tokenizer's files of a hub id.
 
     Args:
         name: The hub id.
         hub: Arguments for the hub, out of HUB_ARGUMENTS.
+        file: The vocabulary's name.
 
     Returns:
-        The path of its tokenizer.model, with the other files beside it.
+        The path of the vocabulary, with the other files beside it.
 
     Raises:
         TokenizerError: The file cannot be fetched.
@@ -132,10 +165,10 @@ def fetch_model_file(name: str, hub: Mapping[str, Any]) -> Path:
         except OSError:
             continue  # each of them may be absent; what is needed is missed later, by name
     try:
-        return Path(cached_file(name, MODEL_FILE, **hub))
+        return Path(cached_file(name, file, **hub))
     except OSError as error:
         raise TokenizerError(
-            f"{name!r} is no folder, and {MODEL_FILE} could not be fetched from the hub: {error}",
+            f"{name!r} is no folder, and {file} could not be fetched from the hub: {error}",
             hint="check the path or the hub id; with HF_HUB_OFFLINE=1 only what was downloaded before is found",
         ) from error
 

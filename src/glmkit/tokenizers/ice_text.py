@@ -17,16 +17,18 @@ Source: tokenization_chatglm.py of ChatGLM-6B, ice_tokenizer.py of icetk (behavi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from glmkit.errors import TokenizerError
+from glmkit.tokenizers.folder import read_config
 from glmkit.tokenizers.sentencepiece_file import BYTE, CONTROL, UNKNOWN, USER_DEFINED, SentencePieceFile, read_model
 
 MODEL_FILE = "ice_text.model"
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
 MAX_BLANKS = 80
+IMAGE_TOKENS = 20_000  # in front of the vocabulary of the first ChatGLM-6B
 LINE_END, TAB = "<n>", "<|tab|>"
 _SPACES = (TAB, *(f"<|blank_{count}|>" for count in range(2, MAX_BLANKS + 1)))
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -148,3 +150,35 @@ def _unlike_ice_text(file: SentencePieceFile, types: dict[str, int], control: Se
     needed += [(name, USER_DEFINED, "the piece") for name in (LINE_END, *_SPACES)]
     needed += [(name, BYTE, "the byte") for name in _BYTES]
     return next((f"{what} {name} is missing" for name, kind, what in needed if types.get(name) != kind), None)
+
+
+def image_tokens_of(folder: Path, told: int | None, ids: Mapping[str, int]) -> int:
+    """Tells how many image tokens stand in front of ChatGLM-6B's text.
+
+    Args:
+        folder: The folder of the file.
+        told: What tokenizer_config.json or the caller says: 0, 20,000 or nothing.
+        ids: The ids without image tokens.
+
+    Returns:
+        0 or 20,000.
+
+    Raises:
+        TokenizerError: That, and the ids of control tokens in config.json, do not fit together.
+    """
+    if told is not None and (isinstance(told, bool) or told not in (0, IMAGE_TOKENS)):
+        raise TokenizerError(f"num_image_tokens={told!r}: expected 0, or {IMAGE_TOKENS} for the first release")
+    config = read_config(folder / "config.json")
+    pairs = (("bos", "<sop>"), ("eos", "<eop>"), ("mask", "[MASK]"), ("gmask", "[gMASK]"), ("pad", "<pad>"))
+    numbers = {f"{name}_token_id": token for name, token in pairs}
+    shown = {name: config[name] - ids[token] for name, token in numbers.items() if isinstance(config.get(name), int)}
+    counts = set(shown.values()) | ({told} if told is not None else set())
+    if len(counts) > 1 or not counts <= {0, IMAGE_TOKENS}:
+        listed = ", ".join(f"{name} is {config[name]}" for name in shown)
+        raise TokenizerError(
+            f"{folder}: tokenizer and model have different vocabularies: num_image_tokens is {told}, and in config.json"
+            f" {listed}, where <sop> is {ids['<sop>']} and <eop> {ids['<eop>']} without image tokens",
+            hint="check that all files of the folder belong to one release; its tokenizer_config.json has the "
+            "num_image_tokens that fits the weights",
+        )
+    return counts.pop() if counts else 0

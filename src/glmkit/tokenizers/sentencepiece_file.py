@@ -5,8 +5,8 @@
 
 What a family expects of its file, the family checks. ChatGLM2 and ChatGLM3 make a Rust tokenizer of the pieces
 (`sentencepiece_bpe`). Files with the normaliser nmt_nfkc, which are those of ChatGLM-6B, of GLM-130B (`ice_text`) and
-of the Chinese GLM, are run by the library: it takes the longest rule of the normaliser that matches, Rust's takes the
-shortest, and Rust adds up the scores of a Unigram model in float64 where the library does it in float32.
+of the Chinese GLM, are run by the library: where it takes the longest rule of the normaliser that matches, Rust takes
+the shortest, and Rust's Unigram model gave other ids for 68 of 4,322 texts that were normalised already.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""The object that the official classes keep as `tokenizer.tokenizer`, as far as scripts use it."""
+"""The objects that the official classes keep as `tokenizer.tokenizer` or `sp_tokenizer`, as far as scripts use them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
+
+from glmkit.tokenizers.ice_text import IceText
 
 
 class _Owner(Protocol):
@@ -108,3 +110,68 @@ class SentencePieceView:
             The piece; ids 0 to 2 are empty, control ids are in generation 2.
         """
         return self._owner.piece(index)
+
+
+class IceTextView:
+    """What scripts use of the official `tokenizer.sp_tokenizer` of ChatGLM-6B: ids without control tokens around them.
+
+    Args:
+        text: The vocabulary.
+    """
+
+    def __init__(self, text: IceText) -> None:
+        self._text = text
+        self.num_image_tokens = text.image_tokens
+        self.num_text_tokens = len(text.pieces)
+        self.num_tokens = len(text)
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Turns a text into ids.
+
+        Args:
+            text: The text.
+
+        Returns:
+            Token ids.
+        """
+        return self._text.encode(text)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Splits a text into pieces.
+
+        Args:
+            text: The text.
+
+        Returns:
+            Its pieces.
+        """
+        return [self._text.piece(index) for index in self._text.encode(text)]
+
+    def decode(self, text: Sequence[int]) -> str:
+        """Turns ids into text.
+
+        Args:
+            text: Token ids.
+
+        Returns:
+            The text.
+        """
+        return self._text.decode(text)
+
+    def decode_tokens(self, tokens: Sequence[str]) -> str:
+        """Joins pieces to text.
+
+        Args:
+            tokens: Pieces, such as `tokenize` gives.
+
+        Returns:
+            The text.
+        """
+        return self._text.decode([self._text.piece_id(token) for token in tokens])
+
+    def __getitem__(self, key: int | str) -> str | int:
+        """The piece of an id, or the id of a piece."""
+        return self._text.piece(key) if isinstance(key, int) else self._text.piece_id(key)
