@@ -202,6 +202,7 @@ class Words:
     """A tokenizer whose text is numbers."""
 
     stop_ids = frozenset({93, 88})
+    prefix_ids = frozenset[int]()
     mask_token_ids = frozenset({89, 90, 91})
     names = {"[MASK]": 89, "[gMASK]": 90, "[sMASK]": 91, "sop": 92}  # noqa: RUF012
 

@@ -40,7 +40,6 @@ class Family:
 
 _GB = 10**9
 _MIT = "MIT (code and weights of the GLM repository)"
-_CHATGLM = "model licence of the repository; commercial use after registration"
 _GLM130B = "GLM-130B model licence: research; commercial use on application"
 _INT4, _INT8 = {"quantization_bit": 4}, {"quantization_bit": 8}
 _LONG3 = {"seq_length": 32_768, "rope_ratio": 50, "rope_ratio_applies_to": "base"}

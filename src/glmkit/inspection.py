@@ -11,7 +11,7 @@ import torch
 from glmkit.checkpoint import Folder
 from glmkit.errors import UsageError
 from glmkit.families import Family, find_family
-from glmkit.loading import open_model, read_config
+from glmkit.loading import choose_family, open_model, read_config
 from glmkit.location import DownloadError, locate
 from glmkit.models.architectures import CONFIGS
 from glmkit.models.chatglm2 import ChatGLM2ForSequenceClassification
@@ -47,7 +47,7 @@ def inspect(
         DownloadError: A hub id that is not on this machine.
         CheckpointError, ConfigError: The folder cannot be loaded.
     """
-    family = find_family(name)
+    family = choose_family(name)
     try:
         location = locate(name, hub={"local_files_only": True})  # nobody looks at a model to fetch gigabytes
     except (UsageError, DownloadError):

@@ -150,8 +150,7 @@ def load(
     arguments = _accept_synonyms({"adapter": adapter, "dtype": dtype, "device": device, "quantize": quantize}, others)
     adapter, dtype, device, quantize = (arguments[name] for name in ("adapter", "dtype", "device", "quantize"))
     register()
-    # A folder is what it says inside, whatever it is called; a name means a model.
-    row = _family_argument(family) or (None if Path(path).expanduser().is_dir() else find_family(str(path)))
+    row = choose_family(path, family)
     location = locate(path, download=download, revision=revision)
     bits = _bits(quantize)
     with ExitStack() as opened:
@@ -169,7 +168,7 @@ def load(
                 hint="load both without quantize, or merge the adapter first and quantise the merged model",
             )
         target = choose_devices(device)
-        tokenizer = _load_tokenizer(folder, checked)
+        tokenizer = read_tokenizer(folder, checked)
         model = load_model(
             folder,
             LANGUAGE_MODELS[type(checked)],
@@ -270,6 +269,8 @@ def choose_devices(device: Any) -> torch.device | Devices:
     Raises:
         UsageError: There is no such device.
     """
+    if isinstance(device, (Mapping, list, tuple)) and not device:
+        raise UsageError(f"device={device!r} names no device", hint="auto, cpu, cuda:0, or several of them")
     if isinstance(device, Mapping):
         places = {name: choose_device(place) for name, place in device.items()}
         return next(iter(places.values())) if len(set(places.values())) == 1 else places
@@ -307,8 +308,20 @@ def choose_dtype(dtype: str | torch.dtype | None, folder: Folder, device: torch.
     return stored
 
 
-def _load_tokenizer(folder: Folder, config: CheckedConfig) -> Any:
-    """The folder's tokenizer, read before the weights because it is so much quicker; None if there is none."""
+def read_tokenizer(folder: Folder, config: CheckedConfig) -> Any:
+    """The folder's tokenizer, read before the weights because it is so much quicker.
+
+    Args:
+        folder: The opened checkpoint.
+        config: Its config, which learns from the tokenizer what it does not say itself: generation, control tokens.
+
+    Returns:
+        The tokenizer, None if the folder has none.
+
+    Raises:
+        TokenizerError: It is damaged, or it cannot be told which it is.
+        ConfigError: GLM-130B: config and tokenizer have different vocabularies.
+    """
     if not has_tokenizer(folder.path):
         logger.warning("%s has no tokenizer: the model is loaded without one", folder.path)
         return None
@@ -374,12 +387,24 @@ def _bits(quantize: str | None) -> int | None:
     return _QUANTIZE[quantize]
 
 
-def _family_argument(name: str | None) -> Family | None:
-    if name is None:
-        return None
-    row = find_family(name)
+def choose_family(path: str | Path, family: str | None = None) -> Family | None:
+    """The released model that a name means; a folder is what it says inside, whatever it is called.
+
+    Args:
+        path: A folder or name.
+        family: A name that overrules it.
+
+    Returns:
+        Its row, None for a folder or a name of no known model.
+
+    Raises:
+        UsageError: `family` is no known model.
+    """
+    if family is None:
+        return None if Path(path).expanduser().is_dir() else find_family(str(path))
+    row = find_family(family)
     if row is None:
-        raise UsageError(f"family={name!r} is no known model", hint="see glmkit.families.FAMILIES")
+        raise UsageError(f"family={family!r} is no known model", hint="see glmkit.families.FAMILIES")
     return row
 
 
@@ -451,8 +476,12 @@ def _load_quantised(folder: Folder, cls: Any, config: CheckedConfig, kwargs: dic
 __all__ = [
     "Loaded",
     "choose_device",
+    "choose_devices",
     "choose_dtype",
+    "choose_family",
     "from_pretrained",
     "load",
+    "open_model",
     "read_config",
+    "read_tokenizer",
 ]

@@ -28,17 +28,13 @@ from torch.nn import functional as F
 
 from glmkit.checkpoint import Folder
 from glmkit.engine import SamplingOptions, stream
-from glmkit.engine.beams import BaseStrategy
-from glmkit.engine.filling import fill
 from glmkit.errors import GlmkitError, UsageError
-from glmkit.families import find_family
-from glmkit.loading import Loaded, choose_device, choose_dtype, open_model, read_config
+from glmkit.loading import Loaded, choose_device, choose_dtype, choose_family, open_model, read_config, read_tokenizer
 from glmkit.location import locate
 from glmkit.models.partition import Rule, partition_of, ranges, split
 from glmkit.quant.official import OfficialQuantizedLinear, quantize_model
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import PartFolder
-from glmkit.tokenizers import has_tokenizer, load_tokenizer
 from glmkit.weights import load_model
 
 Group = Any  # a torch.distributed process group, or None for the default one
@@ -310,11 +306,11 @@ def load_parallel(
     """
     ranks = join_ranks(device)
     register()
-    row = find_family(family or str(path))
+    row = choose_family(path, family)
     location = locate(path)
     with open_model(location) as folder:
         config = read_config(folder, row, overrule=family is not None)
-        tokenizer = load_tokenizer(location, config) if has_tokenizer(location) else None
+        tokenizer = read_tokenizer(folder, config)
         chosen = choose_dtype(dtype, folder, ranks.device)
         model = load_part(folder, LANGUAGE_MODELS[type(config)], config, chosen, ranks.device, ranks.rank, ranks.degree)
     if ranks.degree > 1:
@@ -384,12 +380,8 @@ def _answer(loaded: Loaded, given: argparse.Namespace) -> Iterator[str]:
         for step in stream(loaded.model, ids, options, stop_ids=stop_ids, max_new_tokens=limit):
             if step.is_text:
                 yield f"{step.token_id} "
-    elif tokenizer is None or tokenizer.generation:
-        yield from loaded.stream(given.prompt, options=options, max_new_tokens=limit)
     else:
-        strategy = BaseStrategy(temperature=given.temperature, seed=given.seed, end_ids=tokenizer.stop_ids)
-        room = len(tokenizer.fill_prompt(given.prompt)) + 1 + limit
-        yield fill(loaded.model, tokenizer, given.prompt, strategy, max_total_tokens=room)[0].text
+        yield from loaded.stream(given.prompt, options=options, max_new_tokens=limit)
 
 
 def _fail(error: Exception) -> int:

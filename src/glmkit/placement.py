@@ -52,6 +52,30 @@ def place_layers(
     """
     places = dict(devices) if isinstance(devices, Mapping) else plan_layers(model, devices, memory)
     table = {name: _device(device) for name, device in places.items()}
+    check_table(model, table)
+    moved: dict[tuple[int, torch.device], torch.Tensor] = {}  # a tensor with two names stays one on a device
+    for name, module in model.named_modules():
+        for kind in (module._parameters, module._buffers):
+            for leaf, tensor in kind.items():
+                place = device_of(f"{name}.{leaf}", table)
+                if tensor is not None and place not in (None, tensor.device) and not tensor.is_meta:
+                    kind[leaf] = moved.setdefault((id(tensor), place), _moved(tensor, place))
+    model.hf_device_map = dict(table)  # type: ignore[assignment]
+    if len(set(table.values())) > 1:
+        _add_hooks(model, table, _blocks(model))
+    return model
+
+
+def check_table(model: nn.Module, table: Mapping[str, torch.device]) -> None:
+    """Refuses a table that leaves out or cuts a block; also on the meta device.
+
+    Args:
+        model: The model.
+        table: Names of modules -> devices.
+
+    Raises:
+        UsageError: Naming every module in question.
+    """
     blocks = _blocks(model)
     cut = [name for name in table if any(name.startswith(f"{block}.") for block in blocks)]
     known = {name for name, _ in model.named_modules()}
@@ -65,17 +89,6 @@ def place_layers(
         if apart:
             problems.insert(0, "the embedding is the output layer too, so the last norm must be on its device")
         raise UsageError("device_map:\n" + "\n".join(f"  - {problem}" for problem in problems[:20]))
-    moved: dict[tuple[int, torch.device], torch.Tensor] = {}  # a tensor with two names stays one on a device
-    for name, module in model.named_modules():
-        for kind in (module._parameters, module._buffers):
-            for leaf, tensor in kind.items():
-                place = device_of(f"{name}.{leaf}", table)
-                if tensor is not None and place not in (None, tensor.device) and not tensor.is_meta:
-                    kind[leaf] = moved.setdefault((id(tensor), place), _moved(tensor, place))
-    model.hf_device_map = dict(table)  # type: ignore[assignment]
-    if len(set(table.values())) > 1:
-        _add_hooks(model, table, blocks)
-    return model
 
 
 def plan_layers(

@@ -36,6 +36,7 @@ TRACKERS = ("latest", "latest_checkpointed_iteration.txt")
 _RANK_FILE = re.compile(r"mp_rank_(\d{2,3})_model_states\.pt")
 _PREFIX = re.compile(r"^(module\.)+")
 _SCALE = "_scale"
+_MATRICES = ("embeddings.weight", "query_key_value.weight", "dense.weight", "_4h.weight", "_h.weight")
 
 
 def rank_file(rank: int) -> str:
@@ -60,8 +61,8 @@ def open_model_parallel(
 
     Args:
         path: The folder with `latest`, or one iteration's folder.
-        config: The content of a config.json, for a folder that has none; without num_layers the rest is read off the
-            tensors. None: all of it is.
+        config: Fields that complete the folder's config.json, or stand for it where there is none; without num_layers
+            the rest is read off the tensors.
         needs_config: Whether it is an error if the config can neither be found nor read off the tensors.
         dequantize: Whether quantised weights of a single rank become float16 numbers, as those of several always do.
 
@@ -97,13 +98,15 @@ class ModelParallelFolder(Folder):
         self.ranks: list[Folder] = []
         try:
             place = self._find_iteration()
-            self.iteration = place.name
+            self.iteration = os.path.basename(os.path.abspath(place))  # also of "."
             self._open_ranks(place)
             self._raw = {_PREFIX.sub("", name): name for name in self.ranks[0].tensors}
-            self.config = dict(
-                config or self.read_object("config.json") or self.ranks[0].read_object("config.json") or {}
-            )
+            found = self.read_object("config.json") or self.ranks[0].read_object("config.json") or {}
+            self.config = {**found, **(config or {})}
             self._shapes = {name: self.ranks[0].tensors[raw].shape for name, raw in self._raw.items()}
+            problems = _strange_shapes(self._shapes)
+            if problems:
+                raise CheckpointError(shown_path(path), problems)
             self.bits = _bits(self._shapes, self.path)
             self._dequantizes = dequantize or self.degree > 1
             self.whole_bits = 0 if self._dequantizes else self.bits
@@ -213,7 +216,7 @@ class ModelParallelFolder(Folder):
     def _open_ranks(self, place: Path) -> None:
         """Opens the file of every rank and compares names, shapes and dtypes."""
         try:
-            found = sorted(int(match[1]) for name in os.listdir(place) if (match := _RANK_FILE.fullmatch(name)))
+            found = sorted({int(match[1]) for name in os.listdir(place) if (match := _RANK_FILE.fullmatch(name))})
         except OSError as error:
             raise CheckpointError(shown_path(place), [f"the folder cannot be read: {error.strerror}"]) from error
         degree = found[-1] + 1 if found else 1
@@ -255,7 +258,7 @@ class ModelParallelFolder(Folder):
 
     def _config_from_tensors(self) -> dict[str, Any] | None:
         """The config of a folder that has none, as far as its tensors tell; None if they do not tell the heads."""
-        if self.partition.heads is None:
+        if self.partition.heads is None or self.partition.family not in ("glm", "glm-130b"):
             return None
         shapes = {name: info.shape for name, info in self.tensors.items()}
         read = {"glm": glm_config, "glm-130b": glm130b_config}[self.partition.family].config_from_tensors
@@ -264,7 +267,7 @@ class ModelParallelFolder(Folder):
 
 
 class PartFolder:
-    """What one rank holds of a checkpoint, to be read like a folder; the whole tensors are never in memory.
+    """What one rank holds of a checkpoint, to be read like a folder; the whole model is never in memory.
 
     Args:
         folder: An opened checkpoint. If it is a model-parallel one of just this number of ranks, the rank's own file is
@@ -325,11 +328,12 @@ class PartFolder:
 
     def _pieces(self, name: str) -> tuple[int, list[tuple[int, int]]] | None:
         """Dimension and places of what the rank holds; None if that is all of it."""
-        rule = self._partition.rule(name)
-        if rule.dim is None or self._degree == 1:
+        rule, shape = self._partition.rule(name), self._folder.tensors[name].shape
+        if (
+            rule.dim is None or self._degree == 1 or len(shape) <= rule.dim
+        ):  # the last is refused when shapes are compared
             return None
-        size = self._folder.tensors[name].shape[rule.dim]
-        return rule.dim, ranges(size, rule, self._rank, self._degree, name)
+        return rule.dim, ranges(shape[rule.dim], rule, self._rank, self._degree, name)
 
 
 def _differences(ranks: Sequence[Folder]) -> list[str]:
@@ -346,8 +350,20 @@ def _differences(ranks: Sequence[Folder]) -> list[str]:
                     f"tensor {printable(name)} is {one.dtype} {list(one.shape)} at rank 0,"
                     f" but {info.dtype} {list(info.shape)} at rank {number}"
                 )
-    said = {rank.training.get("mp_world_size") for rank in ranks} - {None, len(ranks)}
+    told = [rank.training.get("mp_world_size") for rank in ranks]
+    said = {number for number in told if type(number) is int} - {len(ranks)}
     problems += [f"the files say that there are {number} ranks, found {len(ranks)}" for number in said]
+    return problems
+
+
+def _strange_shapes(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Tensors that no model has: matrices that are none, empty ones, scales without a weight; in words."""
+    problems = []
+    for name, shape in shapes.items():
+        if 0 in shape or not shape or (name.endswith(_MATRICES) and len(shape) != 2):
+            problems.append(f"tensor {printable(name)} has the shape {list(shape)}")
+        if name.endswith(_SCALE) and len(shapes.get(name.removesuffix(_SCALE), ())) != 2:
+            problems.append(f"tensor {printable(name)} has no weight that it could scale")
     return problems
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from glmkit import hf
-from glmkit.checkpoint import Folder, check_tensors
+from glmkit.checkpoint import Folder, check_tensors, shown_path
 from glmkit.errors import CheckpointError, UsageError
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm import official_name
 from glmkit.models.glm_network import GLMPreTrainedModel
-from glmkit.placement import device_of, place_layers, plan_layers
+from glmkit.placement import check_table, device_of, place_layers, plan_layers
 from glmkit.quant.official import OfficialQuantizedLinear, is_quantised_layer, quantize_model, quantize_rows
 
 Devices = Sequence[torch.device | str | int] | Mapping[str, torch.device | str | int] | str
@@ -48,8 +48,12 @@ def load_model(
         quantize: 4 or 8 to quantise each block's linears as they are read.
         prefix: An opened P-Tuning checkpoint whose tensors complete the folder's.
 
+    Returns:
+        The model, in eval mode.
+
     Raises:
         CheckpointError: Missing, unexpected or misshapen tensors, all of them.
+        UsageError: The checkpoint is quantised to other bits, or the devices or their table do not fit the model.
     """
     stored_bits = getattr(config, "quantization_bit", 0) or 0
     if stored_bits and quantize not in (None, stored_bits):
@@ -84,10 +88,12 @@ def load_model(
 
 
 def _table(model: nn.Module, devices: Devices, dtype: torch.dtype, bits: int | None) -> dict[str, torch.device]:
-    """Which module goes to which device."""
+    """Which module goes to which device; a table of the caller's is checked before anything is read."""
     if not isinstance(devices, Mapping):
         return plan_layers(model, devices, dtype=dtype, quantize=bits)
-    return {name: torch.device(device) for name, device in devices.items()}
+    table = {name: torch.device(device) for name, device in devices.items()}
+    check_table(model, table)
+    return table
 
 
 def own_names(folder: Folder, model: nn.Module) -> dict[str, str]:
@@ -152,14 +158,14 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
     }
     if folder.has("adapter_config.json"):
         raise CheckpointError(
-            str(folder.path),
+            shown_path(folder.path),
             ["adapter_config.json lies beside the weights, so it is open whether the adapter shall be used"],
             hint="move the adapter's files into a folder of their own and give it as adapter=",
         )
     prefixes = [name for name in folder.tensors if ".prefix_encoder." in name]
     if prefixes and len(prefixes) == len(folder.tensors):
         raise CheckpointError(
-            str(folder.path),
+            shown_path(folder.path),
             ["it holds a P-Tuning prefix only, not a whole model"],
             hint="glmkit.load(BASE, adapter=THIS_FOLDER)",
         )
@@ -175,7 +181,7 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
         raise CheckpointError(error.folder, [*error.problems, *strange], hint=error.hint) from None
     if strange:
         hint = "a quantised checkpoint needs its quantization_bit in config.json, another one must not have it"
-        raise CheckpointError(str(folder.path), strange, hint=hint)
+        raise CheckpointError(shown_path(folder.path), strange, hint=hint)
 
 
 def _place(

@@ -304,7 +304,7 @@ def _filled(name: str, pattern_id: int, example: ClozeExample) -> tuple[ClozeTas
     if key == "race" and "_" in (example.text_b or ""):
         key = "race-blank"
     task = TASKS[key]
-    if not 0 <= pattern_id < len(task.patterns):
+    if not isinstance(pattern_id, int) or not 0 <= pattern_id < len(task.patterns):
         raise UsageError(f"no pattern {pattern_id} of {name}; expected one from 0 to {len(task.patterns) - 1}")
     pattern = task.patterns[pattern_id]
     fields = _fields(key, example)
@@ -326,11 +326,14 @@ def _fill(template: str, fields: Mapping[str, Any], task: str, example: ClozeExa
 
 
 def _fields(task: str, example: ClozeExample) -> dict[str, Any]:
+    for name, text in (("text_a", example.text_a), ("text_b", example.text_b or "")):
+        if not isinstance(text, str):
+            raise DataError(f"example {example.uid!r} of {task}: {name} is {text!r:.80}, expected a text")
     fields: dict[str, Any] = {name: _Text(value) for name, value in example.meta.items() if isinstance(value, str)}
     fields["a"] = _Text(example.text_a)
     if example.text_b is not None:
         fields["b"] = _Text(example.text_b)
-    if task == "copa" and example.meta.get("question") in _JOINERS:
+    if task == "copa" and str(example.meta.get("question")) in _JOINERS:
         fields["joiner"] = _JOINERS[example.meta["question"]]
     elif task == "record":
         parts = (example.text_b or "").split("@placeholder")
@@ -385,7 +388,10 @@ def _answers(tokenizer: ClozeTokenizer, task: ClozeTask, pattern: Pattern, examp
     for template in task.answers:
         before, star, rest = template.partition("{*")
         if star:
-            texts += [before + one for one in example.meta.get(rest[:-1], ())]
+            listed = example.meta.get(rest[:-1], ())
+            if not isinstance(listed, (list, tuple)) or not all(isinstance(one, str) for one in listed):
+                raise DataError(f"example {example.uid!r} of {name}: {rest[:-1]} is {listed!r:.80}, expected texts")
+            texts += [before + one for one in listed]
         else:
             texts.append(_fill(template, fields, name, example))
     if not texts:

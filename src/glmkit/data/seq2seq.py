@@ -89,7 +89,13 @@ _GIGAWORD = {
 }
 _CNN = {
     **{name.upper(): mark for name, mark in _BRACKETS.items()},
-    "''": '"', "``": '"', "`": "'", " n't": "n't", " 's": "'s", " 'd": "'d", " 'll": "'ll",
+    "''": '"',
+    "``": '"',
+    "`": "'",
+    " n't": "n't",
+    " 's": "'s",
+    " 'd": "'d",
+    " 'll": "'ll",
 }
 
 
@@ -195,7 +201,12 @@ def collate_seq2seq(
     Returns:
         input_ids and labels (B, T), position_ids (B, 2, T), and attention_mask: the lengths (B) of the sources, or
         with `mask_padding` (B, 1, T, T), 1 where a token sees a column.
+
+    Raises:
+        DataError: There are no examples.
     """
+    if not examples:
+        raise DataError("a batch needs examples")
     longest = max(len(example.input_ids) for example in examples)
     shape = (len(examples), longest)
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -252,6 +263,10 @@ def squad_windows(
 
 def _task(task: str | Seq2SeqTask) -> Seq2SeqTask:
     if isinstance(task, Seq2SeqTask):
+        if task.layout not in _SOURCES or task.source_tokens < 3 or task.target_tokens < 1:
+            raise UsageError(
+                f"{task}: expected a layout of {', '.join(_SOURCES)}, and at least 3 source tokens and 1 target token"
+            )
         return task
     if task not in TASKS:
         raise UsageError(f"no task {task!r}; expected one of {', '.join(TASKS)}")
@@ -318,7 +333,8 @@ def _question(tokenizer: Any, task: Seq2SeqTask, source: str, question: str | No
 def _any(tokenizer: Any, task: Seq2SeqTask, source: str, question: str | None, answer: str | None) -> _Source:
     """Of a source that is too long the end stays."""
     mask = _mask_id(tokenizer)
-    text = tokenizer.encode_with_masks(source)[-(task.source_tokens - 3) :]
+    text = tokenizer.encode_with_masks(source)
+    text = text[max(0, len(text) - (task.source_tokens - 3)) :]
     return [tokenizer.cls_token_id, *text, mask, tokenizer.eos_token_id], mask
 
 

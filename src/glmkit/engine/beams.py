@@ -327,7 +327,7 @@ def search(
     Args:
         model: A language model of any family.
         prompt_ids: Ids of the prompt, with everything in front of the answer (sop for the blank-filling families).
-        strategy: How beams go on; it is as new afterwards.
+        strategy: How beams go on; afterwards it can be used again, and its random numbers go on.
         max_new_tokens: Longest answer, the end token among them.
         cancel: Ends the search early, with what there is; looked at before each token.
 

@@ -26,6 +26,9 @@ class FillingTokenizer(Protocol):
     @property
     def mask_token_ids(self) -> Collection[int]: ...
 
+    @property
+    def prefix_ids(self) -> Collection[int]: ...
+
     def fill_prompt(self, text: str) -> list[int]: ...
 
     def get_command(self, name: str) -> int: ...
@@ -38,7 +41,7 @@ class Filling:
     """A text whose blanks are filled.
 
     Args:
-        text: All of it.
+        text: All of it, without the marks around it.
         blanks: What each blank got, in the order of the text.
         ids: The tokens of all of it.
         score: That of the last blank, as the strategy counts; 0 where it does not.
@@ -81,6 +84,7 @@ def fill(
         strategy = BaseStrategy(end_ids=tokenizer.stop_ids)
     masks, sop = frozenset(tokenizer.mask_token_ids), tokenizer.get_command("sop")
     ends = frozenset(tokenizer.stop_ids)
+    marks = ends | set(tokenizer.prefix_ids)
     ids = tokenizer.fill_prompt(text)
     blanks: list[str] = []
     found: list[Filling] = []
@@ -97,9 +101,8 @@ def fill(
             # A mask that the model itself has written would be filled for ever.
             filling = [token for token in answer.ids[len(ids) + 1 :] if token not in ends | masks]
             whole = [*ids[:place], *filling, *ids[place + 1 :]]
-            found.append(
-                Filling(tokenizer.decode_ids(whole), [*blanks, tokenizer.decode_ids(filling)], whole, answer.score)
-            )
+            shown = tokenizer.decode_ids([token for token in whole if token not in marks])
+            found.append(Filling(shown, [*blanks, tokenizer.decode_ids(filling)], whole, answer.score))
         ids, blanks = found[0].ids, found[0].blanks
         if cancel is not None and cancel.cancelled:
             break

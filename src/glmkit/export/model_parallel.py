@@ -62,6 +62,8 @@ def reshard(
     """
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
         raise UsageError(f"degree={degree!r}: expected a number of ranks, 1 or more")
+    if iteration is not None and Path(iteration).name != iteration:
+        raise UsageError(f"iteration={iteration!r}: expected the plain name of a folder")
     with _open(source, dequantize) as folder:
         parallel = folder if isinstance(folder, ModelParallelFolder) else None
         has_scales = any(name.endswith("_scale") for name in folder.tensors)
@@ -72,6 +74,8 @@ def reshard(
         for name, info in folder.tensors.items():  # what cannot be divided is found before anything is written
             rule = partition.rule(name)
             if rule.dim is not None:
+                if len(info.shape) <= rule.dim:
+                    raise CheckpointError(shown_path(folder.path), [f"tensor {name} has the shape {list(info.shape)}"])
                 ranges(info.shape[rule.dim], rule, 0, degree, name)
         step = iteration or (parallel.iteration if parallel is not None else "1")
         beside = _beside(folder.training, partition, degree, step)

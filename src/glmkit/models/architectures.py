@@ -67,7 +67,8 @@ def is_native_layout(values: Mapping[str, Any]) -> bool:
 def _neighbour(values: Mapping[str, Any]) -> tuple[str, str] | None:
     """Name of a related model that is none of ours, and what to do; None if it is not such a model."""
     kind = str(values.get("model_type") or "").lower()
-    classes = " ".join(map(str, values.get("architectures") or ())).lower()
+    named = values.get("architectures")
+    classes = " ".join(map(str, named if isinstance(named, list) else [named])).lower()
     if "cogvlm" in kind or "cogvlm" in classes or "cogagent" in classes:
         return "CogVLM", _PICTURES
     if kind == "chatglm" and ({"eva_config", "qformer_config", "image_length"} & set(values) or "withimage" in classes):

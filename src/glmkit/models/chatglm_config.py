@@ -152,6 +152,6 @@ def _foreign_ids(values: dict[str, Any]) -> list[str]:
             elif token is not None and isinstance(rows, int) and (token < 0 or token >= rows):
                 belongs = f"; it is that of the vocabulary of {other:,}" if other else ""
                 found.append(f"{name}={token} lies outside the vocabulary of {rows:,}{belongs}")
-            elif token is not None and other and rows in _CONTROL_IDS and name != "pad_token_id":
+            elif token is not None and other and rows in tuple(_CONTROL_IDS) and name != "pad_token_id":
                 found.append(f"{name}={token} is that of the vocabulary of {other:,}, but vocab_size is {rows:,}")
     return found

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+
 from glmkit import hf
 from glmkit.errors import ConfigError
 
@@ -20,6 +22,8 @@ _INERT = set(
     return_dict sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype
     torchscript transformers_version use_bfloat16 use_cache""".split()
 )
+
+_MAX_LABELS = 100_000
 
 
 class CheckedConfig(hf.PreTrainedConfig):
@@ -50,7 +54,8 @@ class CheckedConfig(hf.PreTrainedConfig):
         """
         values = dict(config_dict)
         values.pop("auto_map", None)  # names of python files, which are never run
-        problems = [*_orders(values), *_unknown_fields(cls, values), *_contradictions(cls, values)]
+        problems = [*_orders(values), *_unreadable(values)]
+        problems += [*_unknown_fields(cls, values), *_contradictions(cls, values)]
         for foreign, official in cls.attribute_map.items():
             value = values.pop(foreign, None)
             if value is not None:
@@ -143,11 +148,29 @@ def _orders(values: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _unreadable(values: dict[str, Any]) -> list[str]:
+    """Fields that transformers takes apart before anybody checks them: a table is made for every label."""
+    problems = []
+    labels, names = values.get("num_labels"), values.get("id2label")
+    if labels is not None and (type(labels) is not int or not 0 < labels <= _MAX_LABELS):
+        problems.append(f"num_labels={labels!r:.80}: expected a whole number from 1 to {_MAX_LABELS:,}")
+    if names is not None and not (isinstance(names, dict) and all(str(key).isdecimal() for key in names)):
+        problems.append(f"id2label={names!r:.80}: expected an object of numbers to names")
+    if not isinstance(values.get("architectures") or [], list):
+        problems.append(f"architectures={values['architectures']!r:.80}: expected a list of names")
+    for field in ("dtype", "torch_dtype"):
+        dtype = values.get(field)
+        meant = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not isinstance(meant, torch.dtype):
+            problems.append(f"{field}={dtype!r:.80}: expected a name such as 'float16'")
+    return problems
+
+
 def _unknown_fields(cls: type[CheckedConfig], values: dict[str, Any]) -> list[str]:
     known = set(cls.__dataclass_fields__) | set(cls.attribute_map) | _INERT
     known |= set(hf.GenerationConfig().to_dict())
     return [
-        f"unknown field {name}={value!r}: nobody knows whether it changes the result"
+        f"unknown field {name:.80}={value!r:.80}: nobody knows whether it changes the result"
         for name, value in values.items()
         if name not in known and value is not None
     ]

@@ -71,6 +71,9 @@ class Partition:
     modules: Mapping[str, Rule] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name, value in (("heads", self.heads), ("key/value heads", self.groups)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise UsageError(f"the number of {name} is {value!r:.80}: expected a whole number, 1 or more")
         if self.family == "chatglm2" and self.heads is None:
             raise UsageError("how ChatGLM2 is divided depends on its heads", hint="give its config.json")
         object.__setattr__(self, "modules", _modules(self.family, self.heads, self.groups or self.heads))
@@ -141,8 +144,8 @@ def _modules(family: str, heads: int | None, groups: int | None) -> dict[str, Ru
             "output_layer": _ROWS,
         },
     }
-    if family not in tables:
-        raise UsageError(f"{family!r}: it is not known how its tensors are divided", hint=", ".join(tables))
+    if not isinstance(family, str) or family not in tables:
+        raise UsageError(f"{family!r:.80}: it is not known how its tensors are divided", hint=", ".join(tables))
     return tables[family]
 
 
@@ -266,15 +269,18 @@ def _all_copies(rule: Rule, degree: int) -> list[int]:
 
 def _check_equal(copies: Sequence[Tensor], name: str) -> None:
     """Copies that rounding has driven apart are one tensor, the first rank's, as in the official conversion."""
+    rounded = False
     for copy in copies[1:]:
         if torch.equal(copies[0], copy):
             continue
         one, other = copies[0].double(), copy.double()
         if one.shape == other.shape and float((one - other).abs().max()) <= 0.01 * float(one.abs().max()):
-            logger.warning("tensor %s differs a little between the ranks; the first rank's is taken", name)
-            return
+            rounded = True
+            continue
         raise CheckpointError(
             "the ranks' files",
             [f"tensor {name}: all ranks must have the same, but theirs differ"],
             hint="the files must be of one checkpoint and one iteration",
         )
+    if rounded:
+        logger.warning("tensor %s differs a little between the ranks; the first rank's is taken", name)

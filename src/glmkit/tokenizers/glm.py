@@ -40,7 +40,7 @@ from glmkit.tokenizers.folder import CONFIG_FILE, read_config
 from glmkit.tokenizers.glm_control import Command
 from glmkit.tokenizers.glm_files import find_file
 from glmkit.tokenizers.glm_tokenizer import GLMTokenizer, Style
-from glmkit.tokenizers.glm_vocabularies import BytePieces, SentencePieces, WordPieces
+from glmkit.tokenizers.glm_vocabularies import BytePieces, SentencePieces, WordPieces, read_file
 
 __all__ = [
     "GLMBertTokenizer",
@@ -266,14 +266,14 @@ def glm_tokenizer_class(folder: str | os.PathLike[str]) -> type[GLMTokenizer]:
         one.__name__: one for one in (GLMBertTokenizer, GLMChineseTokenizer, GLMGPT2Tokenizer, GLMRobertaTokenizer)
     }
     told = read_config(path / CONFIG_FILE).get("tokenizer_class")
-    if told in named:
+    if isinstance(told, str) and told in named:
         return named[told]
     found: list[type[GLMTokenizer]] = [
         one for one in (GLMChineseTokenizer, GLMBertTokenizer) if find_file(path, one.official_names[0]).is_file()
     ]
     vocabulary = find_file(path, ("vocab.json", "gpt2-vocab.json", "roberta-vocab.json"))
     if vocabulary.is_file():
-        found.append(GLMRobertaTokenizer if b'"<mask>"' in vocabulary.read_bytes() else GLMGPT2Tokenizer)
+        found.append(GLMRobertaTokenizer if b'"<mask>"' in read_file(vocabulary) else GLMGPT2Tokenizer)
     if len(found) == 1:
         return found[0]
     names = "cog-pretrain.model, vocab.txt, or vocab.json with merges.txt"

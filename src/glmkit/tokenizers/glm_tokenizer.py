@@ -44,7 +44,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
 
     Raises:
         TokenizerError: A file is missing, broken or of another kind.
-        UsageError: There is no such style or side.
+        UsageError: There is no such style or side, or a switch is neither true nor false.
     """
 
     generation = 0  # fills blanks, holds no conversation
@@ -75,6 +75,11 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
     ) -> None:
         if style not in ("hf", "original"):
             raise UsageError(f"style={style!r}: expected 'hf' or 'original'")
+        for side in (padding_side, truncation_side):
+            if side not in ("left", "right"):
+                raise UsageError(f"a side is {side!r:.80}: expected 'left' or 'right'")
+        if not isinstance(task_mask, (bool, type(None))) or not isinstance(decoder_mask, bool):
+            raise UsageError(f"task_mask={task_mask!r:.80}, decoder_mask={decoder_mask!r:.80}: expected true or false")
         self._vocabulary = vocabulary
         self.style = style
         self.task_mask = self.has_task_mask if task_mask is None else task_mask

@@ -172,6 +172,8 @@ def read_model(path: Path) -> SentencePieceFile:
         raise TokenizerError(f"{path} has {size_bytes} bytes; a SentencePiece file has at most {MAX_FILE_BYTES}")
     data = path.read_bytes()
     model = _parse(path, data)
+    if len(model.pieces) > MAX_PIECES:  # before they are taken apart
+        raise TokenizerError(f"{path} is damaged: {len(model.pieces)} pieces, at most {MAX_PIECES} expected")
     texts, types, scores = zip(*((piece.piece, piece.type, piece.score) for piece in model.pieces))
     problem = _beyond_limits(texts, scores)
     if problem:
@@ -211,8 +213,6 @@ def _parse(path: Path, data: bytes) -> Any:
 
 
 def _beyond_limits(texts: Sequence[str], scores: Sequence[float]) -> str | None:
-    if len(texts) > MAX_PIECES:
-        return f"{len(texts)} pieces, at most {MAX_PIECES} expected"
     longest = max(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if longest > MAX_PIECE_BYTES or not all(texts):
         return f"the longest piece has {longest} bytes, or one has none; expected 1 to {MAX_PIECE_BYTES}"

@@ -1,0 +1,1 @@
+"""Pictures of what a network does with a text: `glm inspect MODEL --text "..." --picture FILE.png`."""
