@@ -57,6 +57,24 @@ def test_another_kind_is_refused() -> None:
         config_class({"model_type": "llama"})
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_labels", 10**7),  # transformers would make a table of them first, which takes minutes
+        ("num_labels", "x"),
+        ("id2label", [1]),
+        ("torch_dtype", "nope"),
+        ("architectures", True),
+        ("vocab_size", [1]),
+    ],
+)
+def test_fields_that_transformers_takes_apart_are_looked_at_first(name: str, field: str, value: Any) -> None:
+    values = {**CONFIGS[name]().to_dict(), "model_type": CONFIGS[name].model_type, field: value}
+    with pytest.raises(ConfigError, match=field):
+        config_class(values).from_dict(values)
+
+
 def test_auto_config_leaves_transformers_its_own_layout(tmp_path: Any) -> None:
     GlmConfig(num_hidden_layers=2).save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is GlmConfig

@@ -97,7 +97,11 @@ def test_starting_imports_nothing_heavy(arguments: list[str]) -> None:
         (["caht"], "there is no verb 'caht'", "did you mean glm chat?"),
         (["train"], "there is no verb 'train'", "did you mean glm finetune?"),
         (["chatglm3-6b"], "there is no verb 'chatglm3-6b'", "did you mean glm chat chatglm3-6b?"),
-        (["zzz"], "there is no verb 'zzz'", "known verbs: chat, quickstart, inspect, convert, finetune, pretrain, evaluate, version"),
+        (
+            ["zzz"],
+            "there is no verb 'zzz'",
+            "known verbs: chat, quickstart, inspect, convert, finetune, pretrain, evaluate, version",
+        ),
         (["chat", "--temprature", "1"], "no such option: --temprature", "did you mean --temperature?"),
         (["chat", "--top-k", "many"], "invalid value for '--top-k'", "glm chat --help lists what there is"),
         (

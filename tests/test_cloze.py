@@ -113,6 +113,11 @@ def test_what_does_not_fit_a_task_is_named() -> None:
         cloze_parts("wsc", ClozeExample("a b", meta={"span1_text": "a", "span2_text": "b", "span2_index": 9}))
     with pytest.raises(DataError, match="label 'maybe'; expected one of 'no', 'yes'"):
         encode_cloze(WordIds(), "words", example("1", label="maybe"))
+    with pytest.raises(DataError, match="text_a is None, expected a text"):
+        cloze_parts("rte", ClozeExample(None, "b", "entailment"))  # type: ignore[arg-type]
+    for wrong in ("12", [12], 12):
+        with pytest.raises(DataError, match=r"choices is .*, expected texts"):
+            encode_cloze(WordIds(), "choose", ClozeExample("1", "2", "0", {"choices": wrong}))
     with pytest.raises(DataError, match="has no answers"):
         encode_cloze(WordIds(), "choose", example("1"))
 

@@ -192,6 +192,14 @@ def test_a_vocabulary_without_task_masks_says_so(folders: dict[str, Path]) -> No
     assert with_masks.mask_token_ids == [4, len(WORDS) + 3, len(WORDS) + 2]
 
 
+def test_switches_of_a_folder_are_checked(folders: dict[str, Path]) -> None:
+    for wrong in ({"task_mask": "yes"}, {"decoder_mask": 10**9}):
+        with pytest.raises(UsageError, match="expected true or false"):
+            load(folders, "bert", **wrong)
+    with pytest.raises(UsageError, match="expected 'left' or 'right'"):
+        load(folders, "bert", padding_side="up")
+
+
 def test_blanks_beside_masks(folders: dict[str, Path]) -> None:
     hf, original = load(folders, "gpt2"), load(folders, "gpt2", style="original")
     space, mask = hf.encode_text(" "), hf.mask_token_id

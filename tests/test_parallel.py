@@ -30,6 +30,7 @@ from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
 from glmkit.parallel import main, shard_model
 from glmkit.placement import device_of, place_layers, plan_layers
+from tiny_families import write_glm
 
 SECONDS = 300  # starting two processes takes most of it, on a busy machine
 # Sums in another order differ by a few units in the last place of float32; GLM-130B multiplies its residual stream by
@@ -317,6 +318,27 @@ def test_the_command_says_what_is_wrong(
     ChatGLM2ForCausalLM(ChatGLM2Config(**_CHATGLM2)).save_pretrained(tmp_path / "model")
     assert main([str(tmp_path / "model") if word == "MODEL" else word for word in arguments]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_the_command_fills_blanks_where_the_config_names_no_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_glm(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["sop_token_id"], config["mask_token_ids"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main([str(folder), "--prompt", "i like [MASK] .", "--max-new-tokens", "3", "--device", "cpu"]) == 0
+    wanted = load(folder, device="cpu").chat("i like [MASK] .", temperature=0, max_new_tokens=3)
+    assert capsys.readouterr().out == f"{wanted.text}\n"
+
+
+def test_a_table_of_devices_that_leaves_something_out_is_refused(tmp_path: Path) -> None:
+    folder = write_glm(tmp_path)
+    with pytest.raises(UsageError, match=r"glm\.transformer\.final_layernorm\.weight: no device"):
+        load(folder, device={"glm.word_embeddings": "cpu", "glm.transformer.layers": "meta"})
+    for nothing in ({}, []):
+        with pytest.raises(UsageError, match="names no device"):
+            load(folder, device=nothing)
 
 
 # What cannot be divided ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import random
+import re
 import shutil
 from collections import OrderedDict
 from pathlib import Path
@@ -141,6 +142,8 @@ def test_copies_must_agree(caplog: pytest.LogCaptureFixture) -> None:
     norm = torch.ones(4)
     with pytest.raises(CheckpointError, match="tensor n: all ranks must have the same"):
         merge([norm, norm * 2], Rule(), "n")
+    with pytest.raises(CheckpointError, match="tensor n: all ranks must have the same"):
+        merge([norm, norm * 1.001, norm * 2], Rule(), "n")  # the last one too
     with pytest.raises(CheckpointError, match="tensor q: all ranks must have the same"):
         merge([torch.ones(3, 2), torch.zeros(3, 2)], Rule(0, (2, 1, 1), True), "q")
     with caplog.at_level(logging.WARNING, "glmkit"):  # drifted by rounding: the first, as in the official conversion
@@ -427,6 +430,37 @@ def test_the_number_of_ranks_that_the_files_say_is_checked(tmp_path: Path) -> No
     (tmp_path / "two" / "1" / rank_file(1)).unlink()
     with pytest.raises(CheckpointError, match="the files say that there are 2 ranks, found 1"):
         open_model_parallel(tmp_path / "two")
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 5), (5, 0), (2, 2, 2)])
+def test_matrices_that_are_none_are_refused_by_name(
+    tmp_path: Path, weights: dict[str, torch.Tensor], shape: tuple[int, ...]
+) -> None:
+    for name in weights:
+        if name.endswith(("query_key_value.weight", "word_embeddings.weight", "mlp.dense_4h_to_h.weight")):
+            shards = [{**weights, name: torch.zeros(shape)}] * 2
+            with pytest.raises(CheckpointError, match=rf"tensor {name} has the shape {re.escape(str(list(shape)))}"):
+                open_model_parallel(_write(tmp_path / name, shards), config=_CONFIG_130B)
+
+
+def test_hostile_words_beside_the_weights_are_refused(tmp_path: Path, weights: dict[str, torch.Tensor]) -> None:
+    name = "transformer.layers.0.attention.query_key_value.weight"
+    scales = {key: tensor for key, tensor in weights.items() if key != name} | {f"{name}_scale": torch.ones(96)}
+    with pytest.raises(CheckpointError, match="has no weight that it could scale"):
+        open_model_parallel(_write(tmp_path / "scale", [scales]))
+    for number, fields in enumerate(({"num_attention_heads": [4]}, {"model_type": ["glm-130b"]}, {"model_type": "x"})):
+        folder = _write(tmp_path / str(number), [weights], mp_world_size=[1])
+        (folder / "config.json").write_text(json.dumps(_CONFIG_130B | fields))
+        with pytest.raises((CheckpointError, UsageError), match=r"number of heads is|how its tensors are divided"):
+            open_model_parallel(folder)
+    with open_model_parallel(_write(tmp_path / "good", [weights], mp_world_size=[1]), config=_CONFIG_130B) as opened:
+        assert opened.degree == 1
+
+
+def test_given_fields_complete_the_config_of_the_folder(one: Path) -> None:
+    (one / "config.json").write_text(json.dumps({"model_type": "glm-130b", "max_sequence_length": 33}))
+    with open_model_parallel(one, config={"num_attention_heads": 4}) as folder:
+        assert (folder.config["max_sequence_length"], folder.config["num_layers"]) == (33, 3)
 
 
 def test_all_differences_between_ranks_are_listed(tmp_path: Path, two: Path) -> None:

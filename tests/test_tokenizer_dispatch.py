@@ -184,6 +184,7 @@ def test_pieces_beyond_limits_are_refused(tmp_path: Path) -> None:
         (lambda model: setattr(model.pieces[300], "piece", "x" * 200_000), "the longest piece has 200000 bytes"),
         (lambda model: setattr(model.pieces[300], "piece", ""), "or one has none"),
         (lambda model: setattr(model.pieces[300], "piece", model.pieces[301].piece), "occurs twice"),
+        (lambda model: model.pieces[300].MergeFromString(b"\x0a\x01\xff"), "a piece is no UTF-8 text"),
         (lambda model: setattr(model.pieces[300], "score", float("nan")), "score is no number"),
     ):
         model = sentencepiece_model_pb2.ModelProto.FromString(data)

@@ -149,7 +149,15 @@ def plan_layers(
 
 
 def device_of(name: str, table: Mapping[str, torch.device]) -> torch.device | None:
-    """The device of a parameter or module: that of the longest name in the table that it lies in, or None."""
+    """The device of a parameter or module: that of the longest name in the table that it lies in.
+
+    Args:
+        name: Its name in the model.
+        table: Names of modules -> devices; "" stands for the rest.
+
+    Returns:
+        The device, None if the table leaves it out.
+    """
     while name and name not in table:
         name = name.rpartition(".")[0]
     return table.get(name)

@@ -40,12 +40,20 @@ _MATRICES = ("embeddings.weight", "query_key_value.weight", "dense.weight", "_4h
 
 
 def rank_file(rank: int) -> str:
-    """The name of a rank's file."""
+    """The name of a rank's file.
+
+    Args:
+        rank: From 0.
+    """
     return f"mp_rank_{rank:02d}_model_states.pt"
 
 
 def is_model_parallel(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is an original model-parallel checkpoint, or one iteration of it."""
+    """Whether a folder is an original model-parallel checkpoint, or one iteration of it.
+
+    Args:
+        path: The folder.
+    """
     folder = Path(path).expanduser()
     return (folder / rank_file(0)).is_file() or any((folder / tracker).is_file() for tracker in TRACKERS)
 

@@ -32,7 +32,7 @@ def convert(
         overwrite: Whether an existing target may be replaced.
 
     Raises:
-        UsageError: There is no such layout, or the source cannot have it.
+        UsageError: There is no such layout, the source cannot have it, or `bits` and `degree` are both given.
         CheckpointError: The source is damaged.
         OutputError: The target cannot be written.
     """
@@ -46,7 +46,12 @@ def convert(
         sizes = {"num_attention_heads": heads} if heads else None
         model_parallel.unshard(source, target, config=sizes, overwrite=overwrite)
     elif to != "shards":
-        raise UsageError(f"--to {to}: expected one of {', '.join(LAYOUTS)}")
+        raise UsageError(f"to={to!r}: expected one of {', '.join(LAYOUTS)}")
+    elif bits and degree != 1:
+        raise UsageError(
+            f"bits={bits} and degree={degree}: shards are quantised as they are",
+            hint=f"first to='shards', degree={degree}, then to='shards', bits={bits} of the result",
+        )
     elif bits:
         model_parallel.quantize_shards(source, target, bits, overwrite=overwrite)
     else:

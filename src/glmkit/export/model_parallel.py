@@ -24,7 +24,7 @@ from glmkit.errors import CheckpointError, OutputError, UsageError
 from glmkit.models.partition import Partition, ranges
 from glmkit.quant.official import is_quantised_layer, quantize_rows
 from glmkit.shards import TRACKERS, ModelParallelFolder, is_model_parallel, open_model_parallel, rank_file
-from glmkit.writing import save_tensors, write_folder, write_text_atomic
+from glmkit.writing import save_tensors, write_bytes_atomic, write_folder, write_text_atomic
 
 _CARRIED = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -228,4 +228,4 @@ def _carry(folder: Folder, new: Path) -> None:
     for name in _CARRIED:
         data = folder.read_bytes(name, limit_bytes=64 << 20)
         if data is not None:
-            (new / name).write_bytes(data)
+            write_bytes_atomic(new / name, data)

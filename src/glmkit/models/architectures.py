@@ -80,7 +80,7 @@ def _neighbour(values: Mapping[str, Any]) -> tuple[str, str] | None:
     if is_native_layout(values):
         return (
             "a model in transformers' own `glm` layout (GLM-4-9B-chat-hf, GLM-Edge)",
-            _TRANSFORMERS_OWN + "; glmkit.export.native.from_native(FOLDER, TARGET) makes the official layout of it",
+            _TRANSFORMERS_OWN + "; glm convert FOLDER NEW --to official makes a folder that glmkit loads",
         )
     if kind.startswith(("glm4", "glm_", "glm46v", "glmasr", "glm-")) and kind != "glm-130b":
         return f"a later model of the GLM series ({kind})", _TRANSFORMERS_OWN

@@ -37,6 +37,7 @@ class CheckedConfig(hf.PreTrainedConfig):
             here.
         dropped_if_none: Fields that are not written when they are None.
         cures: Field -> what to do when it is refused.
+        first_architecture: What config.json calls a plain checkpoint.
     """
 
     sizes: ClassVar[dict[str, int]] = {}
@@ -44,6 +45,7 @@ class CheckedConfig(hf.PreTrainedConfig):
     if_absent: ClassVar[dict[str, Any]] = {}
     dropped_if_none: ClassVar[tuple[str, ...]] = ()
     cures: ClassVar[dict[str, str]] = {}
+    first_architecture: ClassVar[str] = ""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -104,7 +106,7 @@ class CheckedConfig(hf.PreTrainedConfig):
 
     def architectures_to_write(self, architectures: list[str]) -> list[str]:
         """The official name of what is saved, for the classes in `architectures`."""
-        return architectures
+        return architectures or [self.first_architecture]
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json gets: the official `architectures`, and no `auto_map` to files that are not there."""

@@ -48,6 +48,7 @@ class GLM130BConfig(CheckedConfig):
         "max_position_embeddings": "max_sequence_length",
     }
 
+    first_architecture: ClassVar[str] = "GLM130BForCausalLM"
     sizes: ClassVar[dict[str, int]] = {
         "num_layers": 256,
         "vocab_size": 10_000_000,

@@ -54,6 +54,7 @@ class GLMConfig(CheckedConfig):
         "max_position_embeddings": "max_sequence_length",
     }
 
+    first_architecture: ClassVar[str] = "GLMModel"
     sizes: ClassVar[dict[str, int]] = {
         "num_layers": 256,
         "vocab_size": 10_000_000,

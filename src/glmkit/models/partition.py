@@ -100,7 +100,17 @@ class Partition:
 
 
 def partition_of(config: Any) -> Partition:
-    """The rules of the model that a config describes."""
+    """The rules of the model that a config describes.
+
+    Args:
+        config: Of any family.
+
+    Returns:
+        Its rules.
+
+    Raises:
+        UsageError: It is of no family that is known here.
+    """
     family = config.model_type
     if family == "chatglm" and hasattr(config, "multi_query_group_num"):
         family = "chatglm2"
@@ -256,7 +266,16 @@ def merge(parts: Sequence[Tensor], rule: Rule, name: str = "this tensor") -> Ten
 
 
 def whole_size(size: int, rule: Rule, degree: int) -> int | None:
-    """Length of the divided dimension of the whole tensor, from that of a rank's part; None if no such part exists."""
+    """Length of the divided dimension of the whole tensor, from that of a rank's part.
+
+    Args:
+        size: Length of the part.
+        rule: How the tensor is divided.
+        degree: Number of ranks.
+
+    Returns:
+        The length, None if no such part exists.
+    """
     local = [units * number for units, number in zip(rule.units, _all_copies(rule, degree))]
     if 0 in local or any(size * units % sum(local) for units in local):
         return None

@@ -38,7 +38,7 @@ from glmkit.engine.layout import layout_for
 from glmkit.errors import TokenizerError, UsageError
 from glmkit.families import Family, find_family
 from glmkit.inspection import released_config
-from glmkit.loading import open_model, read_config
+from glmkit.loading import open_model, read_config, read_tokenizer
 from glmkit.location import DownloadError, locate
 from glmkit.models.chatglm_config import ChatGLMConfig
 from glmkit.models.checked_config import CheckedConfig
@@ -46,7 +46,6 @@ from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
 from glmkit.models.prefix_lm import PrefixLayout, visible
 from glmkit.registration import LANGUAGE_MODELS
-from glmkit.tokenizers import has_tokenizer, load_tokenizer
 
 MOST_TOKENS = 64
 _BLANK = re.compile(r"\[[gs]?MASK\]|<mask>")
@@ -124,10 +123,11 @@ def _open(name: str) -> _Subject:
         return _Subject(title, config, _characters(config, family), family.chat)
     with open_model(location) as folder:
         config = read_config(folder, family)
+        tokenizer = read_tokenizer(folder, config)
         family = family or find_family(str(folder.config.get("_name_or_path", "")))
     chats = family is None or family.chat
-    if has_tokenizer(location):
-        return _Subject(name, config, load_tokenizer(location, config), chats)
+    if tokenizer is not None:
+        return _Subject(name, config, tokenizer, chats)
     title = f"{name} (without a tokenizer: every character is a token)"
     return _Subject(title, config, _characters(config, family), chats)
 

@@ -161,7 +161,7 @@ def read_model(path: Path) -> SentencePieceFile:
 
     Raises:
         TokenizerError: The file is missing, too large, truncated or not SentencePiece, has too many or too long
-            pieces, one of them twice, or a score that is no number.
+            pieces, one of them twice or no UTF-8, or a score that is no number.
     """
     if not path.is_file():
         raise TokenizerError(
@@ -213,6 +213,8 @@ def _parse(path: Path, data: bytes) -> Any:
 
 
 def _beyond_limits(texts: Sequence[str], scores: Sequence[float]) -> str | None:
+    if not all(isinstance(text, str) for text in texts):  # protobuf hands on what is no UTF-8 as bytes
+        return "a piece is no UTF-8 text"
     longest = max(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if longest > MAX_PIECE_BYTES or not all(texts):
         return f"the longest piece has {longest} bytes, or one has none; expected 1 to {MAX_PIECE_BYTES}"
