@@ -1,8 +1,8 @@
-"""Writes a checkpoint of ChatGLM3-6B's shape with random weights, to measure real sizes without real weights.
+"""Writes a checkpoint of a released model's shape with random weights, to measure real sizes without real weights.
 
-    python bench/checkpoint_of_random_weights.py FOLDER [--layers 28] [--dtype bfloat16]
+    python bench/checkpoint_of_random_weights.py FOLDER [--family chatglm3-6b] [--layers 28] [--dtype bfloat16]
 
-28 layers in bfloat16 are 12.5 GB. The values repeat after 64 million numbers; no figure depends on them.
+ChatGLM3-6B's 28 layers in bfloat16 are 12.5 GB. The values repeat after 64 million numbers; no figure depends on them.
 """
 
 from __future__ import annotations
@@ -14,24 +14,34 @@ from pathlib import Path
 
 import torch
 
-from glmkit.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM
+import glmkit  # noqa: F401 - makes the classes known
+from glmkit.families import find_family
+from glmkit.inspection import released_config
+from glmkit.registration import LANGUAGE_MODELS
 from glmkit.writing import save_tensors, write_folder
 
 _POOL = 64 * 2**20
 
 
-def write_checkpoint(folder: Path, layers: int, dtype: torch.dtype) -> int:
+def write_checkpoint(folder: Path, family: str, layers: int | None, dtype: torch.dtype) -> int:
     """Writes config and weights and returns the bytes of the weights."""
-    config = ChatGLM2Config(num_layers=layers, generation=3, rope_ratio_applies_to="base", dtype=dtype)
+    row = find_family(family)
+    assert row is not None, f"no family {family}"
+    config = released_config(row)
+    config.dtype, config.num_layers = dtype, layers or config.num_layers
+    if row.architecture == "chatglm2":
+        config.generation, config.rope_ratio_applies_to = row.generation, "position" if row.generation == 2 else "base"
     with torch.device("meta"):
-        shapes = ChatGLM2ForCausalLM(config).to(dtype).state_dict()
+        model = LANGUAGE_MODELS[type(config)](config).to(dtype)
+    tied = set(model._tied_weights_keys or {})
+    shapes = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     pool = (
         torch.empty(_POOL, dtype=torch.float32).normal_(std=0.02, generator=torch.Generator().manual_seed(1)).to(dtype)
     )
 
     def tensor(name: str) -> torch.Tensor:
         shape = shapes[name].shape
-        if name.endswith("layernorm.weight"):
+        if "layernorm" in name:
             return torch.ones(shape, dtype=dtype)
         numbers = shape.numel()
         return pool.repeat(-(-numbers // _POOL))[:numbers].view(shape)
@@ -48,8 +58,9 @@ def write_checkpoint(folder: Path, layers: int, dtype: torch.dtype) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--family", default="chatglm3-6b")
+    parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--dtype", default="bfloat16")
     arguments = parser.parse_args()
-    size = write_checkpoint(arguments.folder, arguments.layers, getattr(torch, arguments.dtype))
+    size = write_checkpoint(arguments.folder, arguments.family, arguments.layers, getattr(torch, arguments.dtype))
     print(f"{arguments.folder}: {size / 1e9:.2f} GB")

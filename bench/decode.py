@@ -15,8 +15,9 @@ import glmkit  # noqa: F401 - registers the classes
 from glmkit.checkpoint import open_folder
 from glmkit.engine.decode import stream
 from glmkit.engine.sampling import SamplingOptions
-from glmkit.loading import choose_device, load_model, read_config
-from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
+from glmkit.loading import choose_device, read_config
+from glmkit.registration import LANGUAGE_MODELS
+from glmkit.weights import load_model
 
 
 def main() -> None:
@@ -34,9 +35,12 @@ def main() -> None:
     started = time.monotonic()
     with open_folder(arguments.folder) as folder:
         dtype = getattr(torch, arguments.dtype)
-        model = load_model(folder, ChatGLM2ForCausalLM, read_config(folder), dtype, device, quantize=bits)
+        config = read_config(folder)
+        model = load_model(folder, LANGUAGE_MODELS[type(config)], config, dtype, device, quantize=bits)
     print(f"load      {time.monotonic() - started:8.1f} s")
     prompt = torch.randint(3, 60_000, (arguments.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    if hasattr(config, "gmask_token_id"):  # ChatGLM-6B and GLM-130B read a prompt up to its mask and the start
+        prompt[-2:] = [config.gmask_token_id, config.bos_token_id]
     greedy = SamplingOptions(temperature=0.0)
     steps = list(stream(model, prompt, greedy, stop_ids=(), max_new_tokens=arguments.tokens))
     usage = steps[-1].usage

@@ -22,19 +22,23 @@ sys.path.insert(0, {bench!r})
 from loading import PeakMemory
 import torch, glmkit
 from glmkit.checkpoint import open_folder
-from glmkit.loading import load_model, read_config
-from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
+from glmkit.loading import read_config
+from glmkit.registration import LANGUAGE_MODELS
+from glmkit.weights import load_model
 with PeakMemory() as peak:
     started = time.monotonic()
     if {ours}:
         with open_folder({folder!r}) as folder:
-            model = load_model(folder, ChatGLM2ForCausalLM, read_config(folder), torch.{dtype}, torch.device("cpu"),
+            config = read_config(folder)
+            model = load_model(folder, LANGUAGE_MODELS[type(config)], config, torch.{dtype}, torch.device("cpu"),
                                quantize={bits})
     else:
         from transformers import PreTrainedModel
-        model = PreTrainedModel.from_pretrained.__func__(ChatGLM2ForCausalLM, {folder!r}, dtype=torch.{dtype})
+        with open_folder({folder!r}) as folder:
+            cls = LANGUAGE_MODELS[type(read_config(folder))]
+        model = PreTrainedModel.from_pretrained.__func__(cls, {folder!r}, dtype=torch.{dtype})
     seconds = time.monotonic() - started
-sizes = [t.numel() * t.element_size() for t in model.state_dict().values()]
+sizes = [t.numel() * t.element_size() for t in {{t.data_ptr(): t for t in model.state_dict().values()}}.values()]
 print(json.dumps(dict(seconds=seconds, peak=peak.bytes, model=sum(sizes), largest=max(sizes))))
 """
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from glmkit import cli
 from glmkit.data.mixtures import MIXTURES
 from glmkit.errors import DataError, TrainingError, UsageError
+from glmkit.families import find_family
 from glmkit.loading import load
 from glmkit.models.glm import GLMForConditionalGeneration
-from glmkit.models.glm_config import PUBLISHED
 from glmkit.tokenizers.glm import GLMChineseTokenizer
 from glmkit.train.arguments import PretrainRecipe, Recipe, load_recipe, recipe_names
 from glmkit.train.blank_examples import fill_blanks, pick_examples
@@ -256,8 +256,9 @@ def test_recipes_of_the_published_models_build_them(name: str) -> None:
         return
     with torch.device("meta"):
         model = make_model(one.model, _Sized(ids), seed=0)
-    sizes = {key: getattr(model.config, key) for key in PUBLISHED[model_name]}
-    assert sizes == PUBLISHED[model_name]
+    released = find_family(model_name)
+    assert released is not None
+    assert {key: getattr(model.config, key) for key in released.sizes} == released.sizes
     assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.01)
 
 

@@ -23,6 +23,12 @@ _PEFT_START = "base_model.model."  # what PEFT writes in front of every name
 def open_adapter(path: Path) -> Folder:
     """Opens an adapter's folder through the gate.
 
+    Args:
+        path: The folder: PEFT's, or a checkpoint of the official P-Tuning scripts.
+
+    Returns:
+        The folder, to be used as a context manager: it holds its files open.
+
     Raises:
         UsageError: There is no such folder.
         CheckpointError: Everything that is wrong with it.
@@ -35,15 +41,26 @@ def open_adapter(path: Path) -> Folder:
 
 
 def is_prefix(adapter: Folder) -> bool:
-    """Whether the folder holds a P-Tuning prefix."""
+    """Tells a P-Tuning prefix from a LoRA.
+
+    Args:
+        adapter: The opened folder.
+
+    Returns:
+        Whether the folder holds a P-Tuning prefix.
+    """
     return any(name.startswith(_PREFIX) for name in adapter.tensors)
 
 
 def size_prefix(config: CheckedConfig, prefix: Folder) -> None:
     """Sets the prefix's length and kind in the model's config, from its tensors.
 
+    Args:
+        config: The model's config; `pre_seq_len` and `prefix_projection` are set in it.
+        prefix: The opened folder of the prefix.
+
     Raises:
-        CheckpointError: The folder holds other tensors too, or no table.
+        CheckpointError: The folder holds other tensors too, or no table; or such a model has no prefix.
         ConfigError: The length is out of range.
     """
     table = prefix.tensors.get(_PREFIX + "embedding.weight")
@@ -66,6 +83,10 @@ def size_prefix(config: CheckedConfig, prefix: Folder) -> None:
 
 def add_lora(model: nn.Module, adapter: Folder) -> None:
     """Puts a PEFT LoRA into the model, in float32 and in place; PEFT itself never opens a file.
+
+    Args:
+        model: The language model; afterwards it is in eval mode.
+        adapter: The opened folder, with config and tensors.
 
     Raises:
         CheckpointError: A kind other than LoRA, or tensors that are missing, fit nowhere or have another shape.

@@ -110,7 +110,14 @@ ORGANISATIONS = ("zai-org", "THUDM", "ZhipuAI", "BAAI")  # today's, the former o
 
 
 def find_family(name: str) -> Family | None:
-    """The row for a canonical name, an alias, or `organisation/name` of any of the organisations; None if none fits."""
+    """Looks a released model up by any of its names.
+
+    Args:
+        name: A canonical name, an alias, or `organisation/name` with any of `ORGANISATIONS`; upper case is the same.
+
+    Returns:
+        Its row; None if none fits.
+    """
     wanted = name.strip().lower()
     organisation, _, rest = wanted.rpartition("/")
     if organisation and organisation not in {known.lower() for known in ORGANISATIONS}:

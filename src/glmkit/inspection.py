@@ -129,7 +129,8 @@ def _check(folder: Folder, config: CheckedConfig) -> set[str]:
     head = folder.tensors.get("classifier_head.weight")
     chosen = LANGUAGE_MODELS[type(config)]
     if head is not None and isinstance(config, ChatGLM2Config):
-        config.num_labels = head.shape[0]
+        # One of another form, or an empty one, is refused below by its shape.
+        config.num_labels = head.shape[0] if len(head.shape) == 2 and head.nbytes else 1
         chosen = ChatGLM2ForSequenceClassification
     with torch.device("meta"):
         model = chosen(config)

@@ -242,6 +242,13 @@ def _decide_rope(config: CheckedConfig, folder: Folder) -> None:
 def choose_device(device: str | int | torch.device) -> torch.device:
     """The device meant by "auto" or a name.
 
+    Args:
+        device: "auto" (the accelerator if there is one, else the CPU), a name ("cpu", "cuda:1"), a number of the
+            accelerator, or a torch device, which is taken as it is.
+
+    Returns:
+        The device.
+
     Raises:
         UsageError: There is no such device.
     """
@@ -257,6 +264,11 @@ def choose_device(device: str | int | torch.device) -> torch.device:
     if chosen.type not in ("cpu", "meta") and (accelerator is None or accelerator.type != chosen.type):
         found = accelerator.type if accelerator else "no accelerator"
         raise UsageError(f"device={device!r}: this machine has {found}", hint="use device='auto' or 'cpu'")
+    if chosen.type not in ("cpu", "meta") and (chosen.index or 0) >= torch.accelerator.device_count():
+        number = torch.accelerator.device_count()
+        raise UsageError(
+            f"device={device!r}: this machine has {number} of {chosen.type}", hint=f"{chosen.type}:0 is the first"
+        )
     return chosen
 
 
@@ -292,6 +304,14 @@ def _first(device: torch.device | Devices) -> torch.device:
 
 def choose_dtype(dtype: str | torch.dtype | None, folder: Folder, device: torch.device) -> torch.dtype:
     """The dtype meant by "auto", None or a name; see `load`.
+
+    Args:
+        dtype: "auto" or None for the checkpoint's own, else a name or a torch dtype.
+        folder: The opened checkpoint.
+        device: Where the model computes: a CPU computes float16 slowly.
+
+    Returns:
+        The dtype of the weights.
 
     Raises:
         UsageError: There is no such dtype, or it is none for weights.
@@ -414,6 +434,15 @@ def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **
     One kind of folder it does not hand over: those in the official quantised format, which transformers does not
     know. `device` and `empty_init` are accepted because the official classes take them, and `trust_remote_code` stays
     here: with it transformers would run python files that lie beside the weights.
+
+    Args:
+        cls: The class to make; the folder's config must be for it.
+        pretrained_model_name_or_path: A folder, a hub id, or the name of a family that is on this machine.
+        *args: As in transformers.
+        **kwargs: As in transformers; fields of the config too.
+
+    Returns:
+        The model.
 
     Raises:
         CheckpointError: Everything that is wrong with the folder.

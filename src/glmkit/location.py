@@ -57,6 +57,9 @@ def locate(
         revision: Branch, tag or commit on the hub.
         hub: Further arguments of the hub's client: cache_dir, token, local_files_only.
 
+    Returns:
+        The folder.
+
     Raises:
         UsageError: The name is unknown, or it would have to be fetched and `download` is False.
         DownloadError: Fetching failed.
@@ -92,7 +95,14 @@ def locate(
 
 
 def builtin(name: str) -> Path:
-    """The folder of a model that comes with this package."""
+    """Says where a model that comes with this package would be.
+
+    Args:
+        name: Its canonical name.
+
+    Returns:
+        The folder, which is not there if no such model comes with the package.
+    """
     return Path(str(files("glmkit"))) / "builtin" / name
 
 

@@ -14,6 +14,7 @@ Source: convert_tp.py and the quantisation of GLM-130B, change_mp.py of GLM.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -23,13 +24,15 @@ from typing import Any
 
 import torch
 
-from glmkit.checkpoint import Folder, TensorInfo, check_plain_name, open_folder, shown_path
+from glmkit.checkpoint import MAX_SHARDS, Folder, TensorInfo, check_plain_name, open_folder, shown_path
 from glmkit.errors import CheckpointError, UsageError
 from glmkit.families import FAMILIES
 from glmkit.models import glm130b_config, glm_config
 from glmkit.models.partition import Partition, merge, ranges, whole_size
 from glmkit.pickles import FileRefused, printable
 from glmkit.quant.official import dequantize_rows
+
+logger = logging.getLogger("glmkit")
 
 TRACKERS = ("latest", "latest_checkpointed_iteration.txt")
 """Files that name the iteration: DeepSpeed's, and Megatron's, which GLM's code reads."""
@@ -130,6 +133,13 @@ class ModelParallelFolder(Folder):
                     )
             if self.config and self.partition.family == "glm":
                 self.config.setdefault("gelu", "tanh")  # what the training code computes
+            if self.config.get("quantization_bit") and not self.bits:
+                logger.warning(
+                    "%s: config.json says quantization_bit=%s, but the weights are not quantised; they are read as they"
+                    " are",
+                    shown_path(self.path),
+                    printable(repr(self.config["quantization_bit"])),
+                )
             # Whole weights of several quantised parts are not quantised, whatever the parts' config says.
             if self.config and (self.bits or self.config.get("quantization_bit")):
                 self.config["quantization_bit"] = self.whole_bits
@@ -150,7 +160,17 @@ class ModelParallelFolder(Folder):
         super().close()
 
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Reads whole tensors, one at a time; see `Folder.read`."""
+        """Reads whole tensors, one at a time, each put together from all ranks.
+
+        Args:
+            names: Which tensors, in this order; None for all.
+
+        Yields:
+            Name and tensor (CPU); quantised weights as numbers where the folder dequantises them.
+
+        Raises:
+            CheckpointError: A name is unknown, the ranks' parts do not fit together, or a file was changed.
+        """
         wanted = list(self.tensors) if names is None else list(dict.fromkeys(names))
         unknown = [f"there is no tensor {printable(name)}" for name in wanted if name not in self.tensors]
         if unknown:
@@ -164,7 +184,19 @@ class ModelParallelFolder(Folder):
                 raise CheckpointError(shown_path(self.path), error.problems, hint=error.hint) from None
 
     def read_part(self, name: str, dim: int, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Some rows or columns of a whole tensor; see `Folder.read_part`."""
+        """Reads some rows or columns of a whole tensor; the tensor is in memory meanwhile.
+
+        Args:
+            name: The tensor's name.
+            dim: 0 for rows, 1 for columns of a matrix.
+            ranges: Pairs (first, behind the last), in the order wanted.
+
+        Returns:
+            The rows or columns one behind the other (CPU).
+
+        Raises:
+            CheckpointError: As in `read`.
+        """
         [(_, whole)] = self.read([name])
         return torch.cat([whole.narrow(dim, first, last - first) for first, last in ranges], dim)
 
@@ -219,7 +251,14 @@ class ModelParallelFolder(Folder):
             problems.append(f"{' and '.join(found)} name the iteration {printable(name)}, but there is no such folder")
         if problems:
             raise CheckpointError(shown_path(self.path), problems, hint="give the folder of the iteration itself")
-        return self.path / name
+        place = self.path / name
+        if not place.resolve().is_relative_to(self.path.resolve()):
+            raise CheckpointError(
+                shown_path(self.path),
+                [f"the iteration {printable(name)} is a link out of the folder"],
+                hint="give the folder of the iteration itself",
+            )
+        return place
 
     def _open_ranks(self, place: Path) -> None:
         """Opens the file of every rank and compares names, shapes and dtypes."""
@@ -228,6 +267,10 @@ class ModelParallelFolder(Folder):
         except OSError as error:
             raise CheckpointError(shown_path(place), [f"the folder cannot be read: {error.strerror}"]) from error
         degree = found[-1] + 1 if found else 1
+        if degree > MAX_SHARDS:
+            raise CheckpointError(
+                shown_path(self.path), [f"{rank_file(degree - 1)}: at most {MAX_SHARDS} ranks expected"]
+            )
         problems = [f"{rank_file(rank)} is missing" for rank in range(degree) if rank not in found]
         for rank in found:
             try:
@@ -311,7 +354,18 @@ class PartFolder:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Reads what the rank holds, one tensor at a time; see `Folder.read`."""
+        """Reads what the rank holds, one tensor at a time.
+
+        Args:
+            names: Which tensors, in this order; None for all.
+
+        Yields:
+            Name and the rank's part (CPU).
+
+        Raises:
+            CheckpointError: A file was changed after it was opened, or ranks' parts do not fit together.
+            UsageError: A tensor cannot be divided so.
+        """
         wanted = list(self.tensors) if names is None else list(names)
         if self._own is not None:
             yield from self._own.read_rank(self._rank, wanted)

@@ -156,6 +156,8 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
         for name, tensor in state.items()
         if name not in elsewhere and name not in tied and (name in stored_as or not name.startswith(new))
     }
+    # A second copy of a tied table is not read, but one of other sizes belongs to another model.
+    expected |= {copy: tuple(state[copy].shape) for copy in tied if copy in folder.tensors}
     if folder.has("adapter_config.json"):
         raise CheckpointError(
             shown_path(folder.path),
@@ -176,7 +178,9 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
         if own in state and folder.tensors[stored].dtype.is_floating_point != state[own].is_floating_point()
     ]
     try:
-        check_tensors(folder, expected, ignore=lambda name: name in folder.tensors and name not in names)
+        check_tensors(
+            folder, expected, ignore=lambda name: name in folder.tensors and name not in names and name not in expected
+        )
     except CheckpointError as error:
         raise CheckpointError(error.folder, [*error.problems, *strange], hint=error.hint) from None
     if strange:

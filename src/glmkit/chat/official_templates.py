@@ -12,6 +12,7 @@ from typing import Any
 from glmkit.chat.blocks import Blocks
 from glmkit.chat.messages import to_messages
 from glmkit.chat.templates import chat_format
+from glmkit.errors import UsageError
 from glmkit.hf import BatchEncoding
 
 
@@ -33,17 +34,24 @@ def apply_chat_template(
         self: The tokenizer.
         conversation: Messages as mappings with role and content, or a list of such conversations.
         tools: Tools for a system message in front, if the conversation has none.
-        *args: Not used.
+        *args: Refused: what transformers has there is given by name.
         add_generation_prompt: Must hold in generations 1 and 2; in generation 3 whether the assistant id ends the ids.
         tokenize: False gives the decoded text, to look at; it cannot be encoded back.
         return_tensors: "pt" or "np".
         return_dict: Whether masks and positions come too.
         padding: Whether several conversations are padded, on the left.
-        **kwargs: Not used.
+        **kwargs: Refused where transformers would give something else for them (`continue_final_message`, `truncation`,
+            ...), else not used.
 
     Returns:
         Ids, or a mapping with input_ids, attention_mask and position_ids, or text.
+
+    Raises:
+        UsageError: A message or tool of no known form, or an argument that is not done here.
     """
+    _refuse_foreign({"an argument behind tools without its name": any(value is not None for value in args), **kwargs})
+    if padding == "max_length" and kwargs.get("max_length"):
+        raise UsageError("apply_chat_template: padding to max_length is not supported", hint="use padding=True")
     many = _is_many(conversation)
     rows = [_row(self, one, tools, add_generation_prompt) for one in (conversation if many else [conversation])]
     if not tokenize:
@@ -89,15 +97,17 @@ def apply_chat_template_of_glm4(
         add_special_tokens: Whether [gMASK] and <sop> stand in front.
         tools: Tools for a system message in front, if the conversation has none. What stands in front of them is
             the tokenizer's `tools_preamble` if it has one, see `glmkit.chat.tools.GLM4_PREAMBLES`.
-        **kwargs: Not used.
+        **kwargs: Refused where transformers would give something else for them (`continue_final_message`, ...), else
+            not used.
 
     Returns:
         Ids (of one conversation a plain list, where the official method has it in another list), or a mapping with
         input_ids, attention_mask and position_ids, or text.
 
     Raises:
-        UsageError: A message or tool of no known form.
+        UsageError: A message or tool of no known form, or an argument that is not done here.
     """
+    _refuse_foreign(kwargs)
     if isinstance(add_generation_prompt, (list, tuple, Mapping)):  # the order of transformers
         tools, add_generation_prompt = add_generation_prompt, False
     many = _is_many(conversation)
@@ -115,6 +125,23 @@ def apply_chat_template_of_glm4(
         data = {key: value[0] for key, value in data.items()}
     encoded = BatchEncoding(dict(data), tensor_type=return_tensors)
     return encoded if return_dict else encoded["input_ids"]
+
+
+_FOREIGN = (  # arguments of transformers that change the ids or add something to them
+    "an argument behind tools without its name",
+    "chat_template",
+    "continue_final_message",
+    "documents",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "truncation",
+)
+
+
+def _refuse_foreign(arguments: Mapping[str, Any]) -> None:
+    wrong = [name for name in _FOREIGN if arguments.get(name)]
+    if wrong:
+        raise UsageError(f"apply_chat_template: {', '.join(wrong)} is not supported", hint="leave it out")
 
 
 def _is_many(conversation: Any) -> bool:

@@ -164,8 +164,10 @@ def encode_cloze(
     Raises:
         DataError: The example lacks a field, has another label, or cannot be shortened enough; a word that stands for
             a label is no single token.
-        UsageError: There is no such task or pattern.
+        UsageError: There is no such task or pattern, or `segment_length` is negative.
     """
+    if segment_length < 0:
+        raise UsageError(f"segment_length={segment_length}: expected a number of tokens, or 0 to cut no answers")
     found, pattern, parts = _filled(task, pattern_id, example)
     label = _label(found, example)
     if not found.answers and not multi_token:

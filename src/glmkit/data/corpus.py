@@ -185,7 +185,8 @@ class Corpus:
             text = raw.decode("utf-8").lstrip("\ufeff")  # the mark that some editors put in front of a file
             if form == "jsonl" and text.strip():
                 text = _field(json.loads(text), self.text_field)
-        except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+                text.encode("utf-8")  # half of a pair, "\\ud800", is JSON and no text
+        except (ValueError, RecursionError) as error:  # errors of Unicode and of JSON are ValueErrors
             reason = str(error)
             if not self.skip_bad_lines:
                 hint = "mend the line, or leave such lines out with corpus.on_bad_line=skip"
@@ -319,7 +320,8 @@ def _field(record: object, name: str) -> str:
 
 def _pieces(file: BinaryIO, form: str) -> Iterator[tuple[int, bytes | None]]:
     """Yield (line number, bytes) of the documents of a file, long texts in pieces, None for a long line of JSON."""
-    collected, start = b"", 1
+    collected: list[bytes] = []
+    collected_bytes, start = 0, 1
     for line, raw, whole in _lines(file):
         if form == "jsonl":
             if not whole:
@@ -330,12 +332,13 @@ def _pieces(file: BinaryIO, form: str) -> Iterator[tuple[int, bytes | None]]:
         else:
             start = start if collected else line
             if raw.strip():
-                collected += raw
-            if collected and (not raw.strip() or len(collected) >= LONGEST_BYTES):
-                yield start, collected
-                collected = b""
+                collected.append(raw)
+                collected_bytes += len(raw)
+            if collected and (not raw.strip() or collected_bytes >= LONGEST_BYTES):
+                yield start, b"".join(collected)
+                collected, collected_bytes = [], 0
     if collected:
-        yield start, collected
+        yield start, b"".join(collected)
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes, bool]]:

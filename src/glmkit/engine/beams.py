@@ -32,12 +32,28 @@ LengthMeasure = Callable[[int, int], float]
 
 
 def whole_length(whole: int, generated: int) -> float:
-    """GLM-130B: `(5 + tokens of prompt and answer) / 6`, the end token among them."""
+    """GLM-130B's length of an answer: `(5 + whole) / 6`.
+
+    Args:
+        whole: Tokens of prompt and answer, the end token among them.
+        generated: Not looked at.
+
+    Returns:
+        The length.
+    """
     return (5.0 + whole) / 6.0
 
 
 def generated_length(whole: int, generated: int) -> float:
-    """GLM (2021): the tokens of the answer without its end token; an answer that is empty counts as one token."""
+    """The length of an answer in GLM (2021): the answer's own tokens.
+
+    Args:
+        whole: Not looked at.
+        generated: Tokens of the answer, without its end token.
+
+    Returns:
+        The length; an empty answer counts as one token.
+    """
     return float(max(1, generated))
 
 
@@ -117,7 +133,14 @@ class BaseStrategy:
         return torch.cat((tokens, chosen[:, None]), dim=1), torch.arange(rows, device=tokens.device)
 
     def finish(self, tokens: Tensor) -> list[Hypothesis]:
-        """The rows as they are, without the -1 behind their ends, and forgets them. Their score is 0."""
+        """The rows as they are; forgets them, so that the strategy can be used again.
+
+        Args:
+            tokens: (N, T), as the last step returned them.
+
+        Returns:
+            The N rows without the -1 behind their ends, each with the score 0.
+        """
         self._done = []
         return [Hypothesis([token for token in row if token != _DONE], 0.0) for row in tokens.tolist()]
 

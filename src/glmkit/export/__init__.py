@@ -32,12 +32,15 @@ def convert(
         overwrite: Whether an existing target may be replaced.
 
     Raises:
-        UsageError: There is no such layout, the source cannot have it, or `bits` and `degree` are both given.
+        UsageError: There is no such layout, the source cannot have it, `bits` and `degree` are both
+            given, or `heads` for another layout than "folder".
         CheckpointError: The source is damaged.
         OutputError: The target cannot be written.
     """
     from glmkit.export import model_parallel, native
 
+    if heads is not None and to != "folder":
+        raise UsageError(f"heads={heads} and to={to!r}: heads are told only for to='folder'", hint="leave out heads")
     if to == "native":
         native.to_native(source, target, overwrite=overwrite)
     elif to == "official":

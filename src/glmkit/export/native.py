@@ -40,6 +40,7 @@ from glmkit.loading import read_config
 from glmkit.models.architectures import is_native_layout
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.models.chatglm2_config import ChatGLM2Config
+from glmkit.models.checked_config import is_positive, unreadable
 from glmkit.tokenizers import ChatGLM4Tokenizer, ChatGLMTokenizer, has_tokenizer, load_tokenizer
 from glmkit.weights import check_model, own_names
 from glmkit.writing import save_tensors, write_folder, write_text_atomic
@@ -273,9 +274,8 @@ def _official_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"{shown_path(path)} is no folder of transformers' own layout: model_type is {stored.get('model_type')!r}",
             hint="to_native makes one of an official folder",
         )
-    native = hf.GlmConfig.from_dict(dict(stored))
-    rope = dict(native.rope_parameters)
-    kind, factor = rope.get("rope_type", "default"), float(rope.get("factor") or 1.0)
+    native, rope = _read_native(stored, path)
+    kind, factor = rope.get("rope_type", "default"), rope["factor"]
     ratio = rope["rope_theta"] / _BASE
     problems = [
         f"{name}={value!r} (expected {wanted!r})"
@@ -306,6 +306,29 @@ def _official_config(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None} | (
         {"torch_dtype": dtype} if dtype else {}
     )
+
+
+def _read_native(stored: Mapping[str, Any], path: Path) -> tuple[Any, dict[str, Any]]:
+    """The config as transformers reads it, and its rotation, with numbers for `rope_theta` and `factor`."""
+    problems = unreadable(stored)
+    if not problems:
+        try:
+            native = hf.GlmConfig.from_dict(dict(stored))
+        except Exception as error:  # of many kinds; what transformers checks it names
+            problems.append(" ".join(str(error).split())[:400])
+    if not problems:
+        rope = {"factor": 1.0} | {name: value for name, value in native.rope_parameters.items() if value is not None}
+        problems = [
+            f"{name}={rope.get(name)!r:.80}: expected a positive number"
+            for name in ("rope_theta", "factor")
+            if not is_positive(rope.get(name))
+        ]
+    if problems:
+        raise ConfigError(
+            f"config.json of {shown_path(path)} is damaged:\n" + "\n".join(f"  - {problem}" for problem in problems),
+            hint="copy it again",
+        )
+    return native, rope
 
 
 # Tokenizer -----------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from glmkit import hf
 from glmkit.errors import UsageError
 from glmkit.models.chatglm_config import ChatGLMConfig
+from glmkit.models.language_model import LanguageModelHead, either
 from glmkit.models.layers import ATTENTION, rotate_halves
 from glmkit.models.prefix_lm import (
     PrefixLayout,
@@ -245,7 +246,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         seen, position_ids = self._seen_and_positions(input_ids, x, attention_mask, position_ids, past_key_values)
         mask = self._mask(seen, x.dtype)
         rotary = self.rotary(position_ids, x.dtype)
-        keeps_states = _either(output_hidden_states, self.config.output_hidden_states)
+        keeps_states = either(output_hidden_states, self.config.output_hidden_states)
         hidden_states = [x] if keeps_states else []
         for block, prefix in zip(self.layers, prefixes):
             x = block(x, mask, rotary, past_key_values, prefix)
@@ -257,7 +258,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*hidden_states[:-1], x) if keeps_states else None,
         )
-        return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if either(return_dict, self.config.return_dict) else output.to_tuple()
 
     def _seen_and_positions(
         self, ids: Tensor | None, x: Tensor, blocked: Tensor | None, positions: Tensor | None, cache: hf.Cache | None
@@ -334,7 +335,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return [(angle.cos().to(dtype), angle.sin().to(dtype)) for angle in angles]
 
 
-class ChatGLMForCausalLM(ChatGLMPreTrainedModel, hf.GenerationMixin):
+class ChatGLMForCausalLM(LanguageModelHead, ChatGLMPreTrainedModel, hf.GenerationMixin):
     """The language model. `chat`, `stream_chat` and `quantize` are joined to it in glmkit.registration."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.word_embeddings.weight"}
@@ -352,6 +353,10 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, hf.GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) after the final norm -> (..., V)."""
+        return self.lm_head(hidden)
 
     def forward(
         self,
@@ -389,47 +394,7 @@ class ChatGLMForCausalLM(ChatGLMPreTrainedModel, hf.GenerationMixin):
             output_hidden_states,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        hidden = output.last_hidden_state
-        logits = self.lm_head(hidden if isinstance(kept, int) else hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss_sum, targets = self._loss(hidden, labels)
-            loss = loss_sum / (targets if num_items_in_batch is None else num_items_in_batch)
-        result = hf.CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-        )
-        return result if _either(return_dict, self.config.return_dict) else result.to_tuple()
-
-    def label_loss(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, int]:
-        """Summed cross entropy in float32, with logits at label positions only: the training loss.
-
-        Args:
-            input_ids: (B, T) int64.
-            labels: (B, T), not shifted: position t + 1 is the target of position t; -100 is no target.
-            attention_mask: As in `ChatGLMModel.forward`. Right padding needs none: nothing looks at what comes later.
-            position_ids: (B, 2, T) or None.
-
-        Returns:
-            The sum over all targets (float32 scalar) and their number.
-        """
-        hidden = self.transformer(input_ids, position_ids, attention_mask, use_cache=False).last_hidden_state
-        return self._loss(hidden, labels)
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        targets = labels[:, 1:].to(hidden.device)
-        chosen = targets != -100
-        logits = self.lm_head(hidden[:, :-1][chosen]).float()  # (targets, V)
-        return F.cross_entropy(logits, targets[chosen], reduction="sum"), int(chosen.sum())
+        return self.logits_and_loss(output, labels, logits_to_keep, num_items_in_batch, return_dict)
 
     # --- decoding ---
 
@@ -553,7 +518,3 @@ def _check_shape(name: str, given: Tensor, wanted: tuple[int, ...]) -> None:
             f"{name} has the shape {list(given.shape)}, expected {list(wanted)}",
             hint="give what the tokenizer returns, or leave it out and give whole rows of ids",
         )
-
-
-def _either(choice: bool | None, default: bool | None) -> bool:
-    return bool(default if choice is None else choice)

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from glmkit import hf
 from glmkit.models.chatglm2_config import ChatGLM2Config
+from glmkit.models.language_model import LanguageModelHead, either
 from glmkit.models.layers import ATTENTION, RMSNorm, rotary_angles, rotate_pairs
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, T, D/4)
@@ -236,7 +237,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         prefixes: list[Any] = [None] * self.config.num_layers if encoder is None else encoder(x.shape[0])
         mask = self.attention_mask(x, attention_mask, past_key_values)
         rotary = self.rotary(position_ids, x.dtype)
-        keeps_states = _either(output_hidden_states, self.config.output_hidden_states)
+        keeps_states = either(output_hidden_states, self.config.output_hidden_states)
         hidden_states = [x] if keeps_states else []
         for block, prefix in zip(self.encoder.layers, prefixes):
             x = block(x, mask, rotary, past_key_values, prefix)
@@ -247,7 +248,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(hidden_states) or None,
         )
-        return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if either(return_dict, self.config.return_dict) else output.to_tuple()
 
     def rotary(self, position_ids: Tensor, dtype: torch.dtype) -> Rotary:
         """Half of each head rotates; `rope_ratio` stretches the positions or the base, as the config decides."""
@@ -272,7 +273,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         return mask
 
 
-class ChatGLM2ForCausalLM(ChatGLM2PreTrainedModel, hf.GenerationMixin):
+class ChatGLM2ForCausalLM(LanguageModelHead, ChatGLM2PreTrainedModel, hf.GenerationMixin):
     """The language model. `chat`, `stream_chat` and `quantize` are joined to it in glmkit.registration."""
 
     def __init__(self, config: ChatGLM2Config) -> None:
@@ -285,6 +286,10 @@ class ChatGLM2ForCausalLM(ChatGLM2PreTrainedModel, hf.GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.transformer.output_layer = value
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) after the final norm -> (..., V)."""
+        return self.transformer.output_layer(hidden)
 
     def forward(
         self,
@@ -322,47 +327,7 @@ class ChatGLM2ForCausalLM(ChatGLM2PreTrainedModel, hf.GenerationMixin):
             output_hidden_states,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        hidden = output.last_hidden_state
-        logits = self.transformer.output_layer(hidden if isinstance(kept, int) else hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss_sum, targets = self._loss(hidden, labels)
-            loss = loss_sum / (targets if num_items_in_batch is None else num_items_in_batch)
-        result = hf.CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-        )
-        return result if _either(return_dict, self.config.return_dict) else result.to_tuple()
-
-    def label_loss(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, int]:
-        """Summed cross entropy in float32, with logits at label positions only: the training loss.
-
-        Args:
-            input_ids: (B, T) int64.
-            labels: (B, T), not shifted: position t + 1 is the target of position t; -100 is no target.
-            attention_mask: (B, T) or None. Right padding needs none: nothing looks at what comes later.
-            position_ids: (B, T) or None.
-
-        Returns:
-            The sum over all targets (float32 scalar) and their number.
-        """
-        hidden = self.transformer(input_ids, attention_mask, position_ids, use_cache=False).last_hidden_state
-        return self._loss(hidden, labels)
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        targets = labels[:, 1:].to(hidden.device)
-        chosen = targets != -100
-        logits = self.transformer.output_layer(hidden[:, :-1][chosen]).float()  # (targets, V)
-        return F.cross_entropy(logits, targets[chosen], reduction="sum"), int(chosen.sum())
+        return self.logits_and_loss(output, labels, logits_to_keep, num_items_in_batch, return_dict)
 
 
 class ChatGLM2ForSequenceClassification(ChatGLM2PreTrainedModel):
@@ -409,7 +374,7 @@ class ChatGLM2ForSequenceClassification(ChatGLM2PreTrainedModel):
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
         )
-        return result if _either(return_dict, self.config.return_dict) else result.to_tuple()
+        return result if either(return_dict, self.config.return_dict) else result.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         kind = self.config.problem_type
@@ -422,7 +387,3 @@ class ChatGLM2ForSequenceClassification(ChatGLM2PreTrainedModel):
         if kind == "single_label_classification":
             return F.cross_entropy(logits, labels.view(-1).long())
         return F.binary_cross_entropy_with_logits(logits, labels.float())
-
-
-def _either(choice: bool | None, default: bool | None) -> bool:
-    return bool(default if choice is None else choice)

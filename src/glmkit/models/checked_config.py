@@ -6,6 +6,7 @@ role may have any value; a field nobody knows is refused too, because ignoring i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -56,7 +57,7 @@ class CheckedConfig(hf.PreTrainedConfig):
         """
         values = dict(config_dict)
         values.pop("auto_map", None)  # names of python files, which are never run
-        problems = [*_orders(values), *_unreadable(values)]
+        problems = [*_orders(values), *unreadable(values)]
         problems += [*_unknown_fields(cls, values), *_contradictions(cls, values)]
         for foreign, official in cls.attribute_map.items():
             value = values.pop(foreign, None)
@@ -129,11 +130,34 @@ def is_positive(value: Any) -> bool:
 def prefix_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with the fields of P-Tuning and of the official quantised format, which several families share."""
     found = []
-    if values.get("quantization_bit", 0) not in (0, 4, 8, None):
-        found.append(f"quantization_bit={values['quantization_bit']!r}: expected 4 or 8, or 0 for none")
+    bits = values.get("quantization_bit")
+    if bits is not None and (not isinstance(bits, int) or bits not in (0, 4, 8)):
+        found.append(f"quantization_bit={bits!r:.80}: expected 4 or 8, or 0 for none")
     length = values.get("pre_seq_len")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or not 0 < length <= 65_536):
         found.append(f"pre_seq_len={length!r}: expected a whole number from 1 to 65,536, or null")
+    return found
+
+
+def foreign_ids(values: dict[str, Any], fields: Mapping[str, Any], rows: Any) -> list[str]:
+    """Token ids that lie outside the vocabulary, or are no ids; in words.
+
+    Args:
+        values: The config.
+        fields: Names of the fields -> their defaults, which are never refused: they are those of the release, and
+            stand in every config that does not name its own.
+        rows: Size of the vocabulary.
+    """
+    found = []
+    for name, default in fields.items():
+        given = values.get(name)
+        for token in given if isinstance(given, (list, tuple)) else [given]:
+            if token is None or given == default:
+                continue
+            if type(token) is not int:
+                found.append(f"{name}={token!r:.80}: expected a token id")
+            elif token < 0 or (isinstance(rows, int) and token >= rows):
+                found.append(f"{name}={token} lies outside the vocabulary of {rows:,}")
     return found
 
 
@@ -150,8 +174,15 @@ def _orders(values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _unreadable(values: dict[str, Any]) -> list[str]:
-    """Fields that transformers takes apart before anybody checks them: a table is made for every label."""
+def unreadable(values: Mapping[str, Any]) -> list[str]:
+    """Fields that transformers takes apart before anybody checks them: a table is made for every label.
+
+    Args:
+        values: The content of a config.json.
+
+    Returns:
+        What is wrong with them, in words.
+    """
     problems = []
     labels, names = values.get("num_labels"), values.get("id2label")
     if labels is not None and (type(labels) is not int or not 0 < labels <= _MAX_LABELS):

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from glmkit import hf
 from glmkit.errors import UsageError
 from glmkit.models.glm_config import GLMConfig
-from glmkit.models.glm_network import GLMModel, GLMOutput, GLMPreTrainedModel, either
+from glmkit.models.glm_network import GLMModel, GLMOutput, GLMPreTrainedModel
+from glmkit.models.language_model import divided, either, kept, summed_loss
 from glmkit.models.prefix_lm import PrefixLayout
 
 __all__ = [
@@ -80,14 +81,10 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, hf.GenerationMixin):
             output_predict=False,
         )
         hidden = output.last_hidden_states
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        loss = None
-        if labels is not None:
-            loss_sum, targets = self._loss(hidden, labels)
-            loss = loss_sum / (targets if num_items_in_batch is None else num_items_in_batch)
+        loss = None if labels is None else summed_loss(self.glm.logits, hidden, labels)
         result = GLMOutput(
-            loss=loss,
-            logits=self.glm.logits(hidden if isinstance(kept, int) else hidden[:, kept]),
+            loss=None if loss is None else divided(loss, num_items_in_batch),
+            logits=self.glm.logits(kept(hidden, logits_to_keep)),
             mems=output.mems,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
@@ -116,13 +113,7 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, hf.GenerationMixin):
         output = self.glm(
             input_ids, position_ids, attention_mask, use_cache=False, return_dict=True, output_predict=False
         )
-        return self._loss(output.last_hidden_states, labels)
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        labels = labels.to(hidden.device)
-        chosen = labels != -100
-        logits = self.glm.logits(hidden[chosen]).float()  # (targets, V)
-        return F.cross_entropy(logits, labels[chosen], reduction="sum"), int(chosen.sum())
+        return summed_loss(self.glm.logits, output.last_hidden_states, labels)
 
     def input_layout(self, ids: Tensor, pads: Tensor) -> PrefixLayout:
         """Masks and positions of prompts for the decode loop: a prompt is read whole, in both directions.
@@ -245,7 +236,11 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
         Returns:
             loss (float32 scalar, cross entropy over the scores), logits (B, N), the summed log-probabilities, neither
             divided by length nor with an end token; lm_logits (B, T, V), mems.
+
+        Raises:
+            UsageError: There are no choices, or ids and columns are not as many as they must be.
         """
+        _check_choices(choice_ids, choice_indices, input_ids.shape[0])
         output = self.glm(input_ids, position_ids, attention_mask, mems, return_dict=True, output_predict=True)
         rows = [
             torch.stack([_log_probability(logits, ids, columns) for ids, columns in zip(choices, places)])
@@ -259,6 +254,26 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
             mems=output.mems,
         )
         return result if either(return_dict, self.config.return_dict) else result.to_tuple()
+
+
+def _check_choices(ids: Sequence[Sequence[Any]], columns: Sequence[Sequence[Any]], rows: int) -> None:
+    """Refuses choices that would be left out silently, or make no table (rows, N)."""
+    if not len(ids) or not all(len(choices) for choices in ids):
+        raise UsageError(
+            f"there are no choices in choice_ids for each of {rows} rows",
+            hint="tokenizer.build_inputs_for_multiple_choice makes choice_ids and choice_indices",
+        )
+    if len(ids) != rows or len(columns) != rows or len({len(choices) for choices in (*ids, *columns)}) != 1:
+        raise UsageError(
+            f"choice_ids has {[len(choices) for choices in ids]} choices, choice_indices"
+            f" {[len(choices) for choices in columns]}: expected the same number for each of {rows} rows"
+        )
+    for row, (choices, places) in enumerate(zip(ids, columns)):
+        for number, (one, place) in enumerate(zip(choices, places)):
+            if len(one) != len(place):
+                raise UsageError(
+                    f"row {row}, choice {number}: choice_ids has {len(one)} ids, choice_indices {len(place)} columns"
+                )
 
 
 def _log_probability(logits: Tensor, ids: Tensor, columns: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from glmkit import hf
 from glmkit.errors import UsageError
 from glmkit.models import prefix_lm
 from glmkit.models.glm130b_config import GLM130BConfig
+from glmkit.models.language_model import LanguageModelHead, either
 from glmkit.models.layers import ATTENTION, rotary_angles, rotate_halves
 from glmkit.models.prefix_lm import PrefixLayout
 
@@ -210,7 +211,7 @@ class GLM130BModel(GLM130BPreTrainedModel):
         eager = self.config._attn_implementation == "eager"
         mask = prefix_lm.attention_mask(~blocked.to(x.device), torch.float32, eager)
         rotary = self.rotary(position_ids, x.dtype)
-        keeps_states = _either(output_hidden_states, self.config.output_hidden_states)
+        keeps_states = either(output_hidden_states, self.config.output_hidden_states)
         hidden_states = [x] if keeps_states else []
         for block in self.layers:
             x = block(x, mask, rotary, past_key_values)
@@ -221,7 +222,7 @@ class GLM130BModel(GLM130BPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=tuple(hidden_states) or None,
         )
-        return output if _either(return_dict, self.config.return_dict) else output.to_tuple()
+        return output if either(return_dict, self.config.return_dict) else output.to_tuple()
 
     def mask_and_positions(
         self,
@@ -258,7 +259,7 @@ class GLM130BModel(GLM130BPreTrainedModel):
         return cos.to(dtype), sin.to(dtype)
 
 
-class GLM130BForCausalLM(GLM130BPreTrainedModel, hf.GenerationMixin):
+class GLM130BForCausalLM(LanguageModelHead, GLM130BPreTrainedModel, hf.GenerationMixin):
     """The language model; its output layer is the embedding."""
 
     def __init__(self, config: GLM130BConfig) -> None:
@@ -323,48 +324,4 @@ class GLM130BForCausalLM(GLM130BPreTrainedModel, hf.GenerationMixin):
             output_hidden_states,
             return_dict=True,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        hidden = output.last_hidden_state
-        logits = self.logits(hidden if isinstance(kept, int) else hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss_sum, targets = self._loss(hidden, labels)
-            loss = loss_sum / (targets if num_items_in_batch is None else num_items_in_batch)
-        result = hf.CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-        )
-        return result if _either(return_dict, self.config.return_dict) else result.to_tuple()
-
-    def label_loss(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> tuple[Tensor, int]:
-        """Summed cross entropy in float32, with logits at label positions only: the training loss.
-
-        Args:
-            input_ids: (B, T) int64.
-            labels: (B, T), not shifted: position t + 1 is the target of position t; -100 is no target.
-            attention_mask: As in `GLM130BModel.forward`.
-            position_ids: (B, T) or None.
-
-        Returns:
-            The sum over all targets (float32 scalar) and their number.
-        """
-        hidden = self.transformer(input_ids, attention_mask, position_ids, use_cache=False).last_hidden_state
-        return self._loss(hidden, labels)
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        targets = labels[:, 1:].to(hidden.device)
-        chosen = targets != -100
-        logits = self.logits(hidden[:, :-1][chosen]).float()  # (targets, V)
-        return F.cross_entropy(logits, targets[chosen], reduction="sum"), int(chosen.sum())
-
-
-def _either(choice: bool | None, default: bool | None) -> bool:
-    return bool(default if choice is None else choice)
+        return self.logits_and_loss(output, labels, logits_to_keep, num_items_in_batch, return_dict)

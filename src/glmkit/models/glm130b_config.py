@@ -11,9 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from glmkit.errors import ConfigError
-from glmkit.models.checked_config import CheckedConfig, is_positive, prefix_problems
+from glmkit.models.checked_config import CheckedConfig, foreign_ids, is_positive, prefix_problems
 
 _HEAD_CHANNELS = 128  # of the release; a checkpoint may say it itself, by its rotary frequencies
+_TOKENS = {  # control ids of the release
+    "mask_token_id": 150_000,
+    "gmask_token_id": 150_001,
+    "smask_token_id": 150_002,
+    "bos_token_id": 150_004,
+    "eos_token_id": [150_005, 20_002],
+    "pad_token_id": 20_003,
+}
 
 
 class GLM130BConfig(CheckedConfig):
@@ -100,7 +108,12 @@ class GLM130BConfig(CheckedConfig):
             found.append("hidden_size must be a multiple of 2 * num_attention_heads")
         if not is_positive(values.get("layernorm_epsilon", 1e-5)):
             found.append(f"layernorm_epsilon={values['layernorm_epsilon']!r}: expected a positive number")
-        return found + prefix_problems(values)
+        found += [
+            f"{name}={values[name]!r:.80}: expected a token id"
+            for name in _TOKENS
+            if name != "eos_token_id" and isinstance(values.get(name), (list, tuple))
+        ]
+        return found + foreign_ids(values, _TOKENS, values.get("vocab_size", 150_528)) + prefix_problems(values)
 
 
 def config_from_tensors(

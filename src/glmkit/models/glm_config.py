@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from glmkit.errors import ConfigError
-from glmkit.models.checked_config import CheckedConfig, is_positive, prefix_problems
+from glmkit.models.checked_config import CheckedConfig, foreign_ids, is_positive, prefix_problems
 
 _HEAD_CHANNELS = 64  # of every published size
 
@@ -125,34 +125,15 @@ class GLMConfig(CheckedConfig):
                 isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1
             ):
                 found.append(f"{name}={value!r}: expected a number from 0 up to, not including, 1")
+        masks, sop = values.get("mask_token_ids"), values.get("sop_token_id")
+        if masks is not None and not isinstance(masks, (list, tuple)):
+            found.append(f"mask_token_ids={masks!r:.80}: expected a list of token ids")
+        elif isinstance(sop, (list, tuple)):
+            found.append(f"sop_token_id={sop!r:.80}: expected a token id")
+        else:
+            tokens = {"mask_token_ids": None, "sop_token_id": None}
+            found += foreign_ids(values, tokens, values.get("vocab_size", 30_592))
         return found + prefix_problems(values)
-
-
-def _size(layers: int, hidden: int, positions: int, vocabulary: int) -> dict[str, int]:
-    return {
-        "num_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": hidden // _HEAD_CHANNELS,
-        "max_sequence_length": positions,
-        "vocab_size": vocabulary,
-    }
-
-
-_BERT, _GPT2, _CHINESE = 30_592, 50_304, 50_048  # rows of the embedding, filled up to a multiple of 128
-
-PUBLISHED: dict[str, dict[str, int]] = {
-    "glm-base": _size(12, 768, 512, _BERT),
-    "glm-large": _size(24, 1024, 512, _BERT),
-    "glm-doc": _size(24, 1024, 512, _BERT),
-    "glm-410m": _size(30, 1024, 512, _BERT),
-    "glm-515m": _size(30, 1152, 512, _BERT),
-    "glm-roberta-large": _size(24, 1024, 512, _GPT2),
-    "glm-2b": _size(36, 2048, 1024, _GPT2),
-    "glm-10b": _size(48, 4096, 1024, _GPT2),
-    "glm-large-chinese": _size(24, 1024, 1024, _CHINESE),
-    "glm-10b-chinese": _size(48, 4096, 1024, _CHINESE),
-}
-"""Published sizes, as arguments of `GLMConfig`."""
 
 
 def config_from_tensors(

@@ -46,6 +46,7 @@ from torch.nn import functional as F
 from glmkit import hf
 from glmkit.errors import UsageError
 from glmkit.models.glm_config import GLMConfig
+from glmkit.models.language_model import either
 from glmkit.models.layers import ATTENTION
 from glmkit.models.prefix_lm import attention_mask as mask_for_attention
 
@@ -316,7 +317,11 @@ def _check_positions(position_ids: Tensor, ids: Tensor, largest: int) -> None:
         raise UsageError(
             f"position_ids has the shape {tuple(position_ids.shape)}: expected ({ids.shape[0]}, 2, {ids.shape[1]})"
         )
-    found = int(position_ids.max()) if position_ids.numel() and not position_ids.is_meta else 0
+    if not position_ids.numel() or position_ids.is_meta:
+        return
+    smallest, found = torch.stack(position_ids.aminmax()).tolist()
+    if smallest < 0:
+        raise UsageError(f"position_ids has {smallest}: expected positions from 0")
     if found > largest:
         raise UsageError(
             f"the input has a token at position {found}: expected at most {largest}, the model's max_sequence_length",
@@ -335,8 +340,3 @@ def _extended(mems: Sequence[Tensor] | None, states: Sequence[Tensor]) -> list[T
     """Memory with the new tokens behind it; no gradient goes through it."""
     new = [state.detach() for state in states]
     return new if mems is None else [torch.cat((old.to(now.dtype), now), dim=1) for old, now in zip(mems, new)]
-
-
-def either(choice: bool | None, default: bool | None) -> bool:
-    """A choice, or the config's if none was made."""
-    return bool(default if choice is None else choice)

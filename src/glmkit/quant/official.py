@@ -26,21 +26,20 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantises a weight in the official way.
 
     Args:
-        weight: (out, in) in float16 or bfloat16; anything else is rounded to float16 first.
+        weight: (out, in). Wider ones than float16 and bfloat16 are divided as they are, by scales in float16.
         bits: 8 or 4.
 
     Returns:
-        Packed weight, int8 (out, in) or (out, in / 2), and the scale of each row, (out,), in the weight's dtype.
+        Packed weight, int8 (out, in) or (out, in / 2), and the scale of each row, (out,), in float16 or bfloat16.
 
     Raises:
         UsageError: An odd number of columns, which int4 cannot hold.
     """
     _check_columns(weight.shape[1], bits)
-    if weight.dtype not in (torch.float16, torch.bfloat16):
-        weight = weight.half()
     scale = weight.abs().amax(dim=1) / (2 ** (bits - 1) - 1)
+    scale = scale.to(torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float16)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    quantised = (weight / scale[:, None]).round().to(torch.int8)
+    quantised = (weight / scale[:, None].to(weight.dtype)).round().to(torch.int8)
     if bits == 4:
         quantised = (quantised[:, 0::2] << 4) | (quantised[:, 1::2] & 15)
     return quantised, scale

@@ -1,4 +1,4 @@
-"""Lists of ids: their masks, positions and padding, nested or not; texts that cannot become ids; and decoded text."""
+"""Lists of ids: their length, masks, positions and padding; texts that cannot become ids; and decoded text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from glmkit.errors import TokenizerError
+from glmkit.errors import TokenizerError, UsageError
 
 
 def refuse_surrogates(text: object, where: str = "the text") -> None:
@@ -109,6 +109,26 @@ def pad_like(values: Any, ids: Any, left: bool) -> Any:
         return [pad_like(row, target, left) for row, target in zip(values, ids)]
     zeros = [0] * (len(ids) - len(values))
     return zeros + values if left else values + zeros
+
+
+def cut_pair(first: list[int], second: list[int] | None, limit: int, added: int, side: str) -> None:
+    """Cuts a text, or two, in place: the longer of two gives way, token by token.
+
+    Args:
+        first: Ids of the first text.
+        second: Ids of the second text, if there is one; of equally long ones it gives way.
+        limit: Most ids.
+        added: How many of them the control tokens take that are still to come.
+        side: "left" cuts at the beginning, "right" at the end.
+
+    Raises:
+        UsageError: Not even the control tokens have room.
+    """
+    if limit < added:
+        raise UsageError(f"max_length={limit} has no room for the control tokens around a text")
+    for _ in range(len(first) + len(second or ()) + added - limit):
+        longer = second if second is not None and len(second) >= len(first) else first
+        del longer[0 if side == "left" else -1]
 
 
 def prefix_places(ids: Sequence[int], sop: int, masks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,10 +17,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tokenizers import Tokenizer, models
 
-from glmkit.errors import TokenizerError, UsageError
+from glmkit.errors import TokenizerError
 from glmkit.hf import BatchEncoding, TokenizersBackend
 from glmkit.tokenizers.batches import ones_like, pad_like, positions, refuse_surrogates, tensor_type, to_lists
-from glmkit.tokenizers.folder import CONFIG_FILE, HUB_ARGUMENTS, check_link, fetch_model_file, read_config
+from glmkit.tokenizers.folder import (
+    CONFIG_FILE,
+    HUB_ARGUMENTS,
+    find_model_file,
+    folder_to_save_in,
+    kept_arguments,
+    read_config,
+)
 from glmkit.writing import write_bytes_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -42,6 +49,9 @@ class ChatTokenizer(TokenizersBackend):
         **kwargs: `name_or_path` and `model_max_length` are kept; special tokens of a configuration file are fixed by
             the class and ignored.
 
+    Raises:
+        TokenizerError: The side or the length is none.
+
     Class variables:
         generation: 1 to 4, which also names the chat format.
         file_name: Official name of the vocabulary's file.
@@ -60,10 +70,11 @@ class ChatTokenizer(TokenizersBackend):
     def __init__(
         self, vocab_file: Path, data: bytes, plain: Tokenizer, padding_side: str = "left", **kwargs: Any
     ) -> None:
-        kept = {key: kwargs[key] for key in ("name_or_path", "model_max_length") if key in kwargs}
+        if padding_side not in ("left", "right"):
+            raise TokenizerError(f"padding_side={padding_side!r:.80}: expected 'left' or 'right'")
         # The base class copies the tokenizer it is given, and looks at a large one for faults of other models; both
         # take longer than reading the file. So it gets an empty one, and that the model of `plain`.
-        super().__init__(tokenizer_object=Tokenizer(models.BPE()), padding_side=padding_side, **kept)
+        super().__init__(tokenizer_object=Tokenizer(models.BPE()), padding_side=padding_side, **kept_arguments(kwargs))
         own = self.backend_tokenizer
         for part in ("model", "normalizer", "pre_tokenizer", "decoder", "post_processor"):
             setattr(own, part, getattr(plain, part))
@@ -93,14 +104,7 @@ class ChatTokenizer(TokenizersBackend):
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
-        if os.path.isdir(name):
-            vocab_file = Path(name, hub.get("subfolder") or "", cls.file_name)
-        elif os.path.isfile(name):
-            vocab_file = Path(name)
-        else:
-            vocab_file = fetch_model_file(name, hub, cls.file_name)
-        if not os.path.isfile(name):  # a file that the caller names may lie anywhere
-            check_link(vocab_file)
+        vocab_file = find_model_file(name, hub, cls.file_name)
         saved = read_config(vocab_file.parent / CONFIG_FILE)
         arguments = {key: saved[key] for key in cls.saved_options if key in saved} | kwargs
         return cls(vocab_file, *init_inputs, **({"name_or_path": name} | arguments))
@@ -129,14 +133,7 @@ class ChatTokenizer(TokenizersBackend):
             UsageError: `push_to_hub` is set, or `save_directory` is a file.
             OutputError: A file cannot be written.
         """
-        if push_to_hub:
-            raise UsageError(
-                "save_pretrained(push_to_hub=True) is not supported", hint="use tokenizer.push_to_hub(...)"
-            )
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise UsageError(f"{folder} is a file; expected a folder to save the tokenizer in")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder_to_save_in(save_directory, push_to_hub)
         config = {
             "tokenizer_class": self.saved_class,
             "generation": self.generation,

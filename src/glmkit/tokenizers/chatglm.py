@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models
 
 from glmkit.errors import TokenizerError, UsageError
 from glmkit.hf import BatchEncoding
-from glmkit.tokenizers.batches import clean_up, prefix_places, refuse_surrogates, tensor_type, to_lists
+from glmkit.tokenizers.batches import clean_up, cut_pair, prefix_places, refuse_surrogates, tensor_type, to_lists
 from glmkit.tokenizers.chat_tokenizer import ChatTokenizer, TokenIdError
 from glmkit.tokenizers.glm_control import Command, Control
 from glmkit.tokenizers.ice_text import CONTROL_TOKENS, MODEL_FILE, IceText, image_tokens_of
@@ -337,16 +337,12 @@ class ChatGLM1Tokenizer(ChatTokenizer):
         return padded
 
     def _row(self, text: str, pair: str | None, around: bool, limit: int | None) -> list[int]:
-        """Encodes, cuts and joins: the longer of two texts gives way, token by token."""
+        """Encodes, cuts and joins."""
         first = self.encode_with_masks(text)
         second = None if pair is None else self.encode_with_masks(pair)
         if limit is not None:
-            room = limit - (self.num_special_tokens_to_add(second is not None) if around else 0)
-            if room < 0:
-                raise UsageError(f"max_length={limit} has no room for the control tokens behind a text")
-            for _ in range(len(first) + len(second or ()) - room):
-                longer = second if second is not None and len(second) >= len(first) else first
-                del longer[0 if self.truncation_side == "left" else -1]
+            added = self.num_special_tokens_to_add(second is not None) if around else 0
+            cut_pair(first, second, limit, added, self.truncation_side)
         return self.build_inputs_with_special_tokens(first, second) if around else first + (second or [])
 
     def pad(  # type: ignore[override]

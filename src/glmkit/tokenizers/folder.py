@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from glmkit.checkpoint import MAX_CONFIG_BYTES, open_folder
-from glmkit.errors import CheckpointError, TokenizerError
+from glmkit.errors import CheckpointError, OutputError, TokenizerError, UsageError
 from glmkit.hf import cached_file
 
 MODEL_FILE, CONFIG_FILE = "tokenizer.model", "tokenizer_config.json"
@@ -91,16 +91,17 @@ def model_config(folder: Path) -> dict[str, object]:
     return _object(_read(path, MAX_CONFIG_BYTES))
 
 
-def declared_class(folder: Path) -> object:
+def declared_class(folder: Path) -> str | None:
     """Reads what a folder calls its tokenizer.
 
     Args:
         folder: The folder.
 
     Returns:
-        `tokenizer_class` of its tokenizer_config.json, None if it does not say it.
+        `tokenizer_class` of its tokenizer_config.json, None if it does not say it, or says what is no name.
     """
-    return _object(_read(folder / CONFIG_FILE)).get("tokenizer_class")
+    name = _object(_read(folder / CONFIG_FILE)).get("tokenizer_class")
+    return name if isinstance(name, str) else None
 
 
 def saved_generation(folder: Path) -> object:
@@ -145,20 +146,30 @@ def _coded(text: str) -> int | None:
     return 2 if "class ChatGLMTokenizer" in text and "ice_text" not in text else None
 
 
-def fetch_model_file(name: str, hub: Mapping[str, Any], file: str = MODEL_FILE) -> Path:
-    """Fetches the tokenizer's files of a hub id.
+def find_model_file(name: str, hub: Mapping[str, Any], file: str = MODEL_FILE) -> Path:
+    """Finds the vocabulary that a path or a hub id means.
 
     Args:
-        name: The hub id.
+        name: A folder, the file itself, which may lie anywhere, or a hub id.
         hub: Arguments for the hub, out of HUB_ARGUMENTS.
         file: The vocabulary's name.
 
     Returns:
-        The path of the vocabulary, with the other files beside it.
+        The file, or the path it should have in the folder.
 
     Raises:
-        TokenizerError: The file cannot be fetched.
+        TokenizerError: It is a link out of the folder, or cannot be fetched.
     """
+    if os.path.isfile(name):
+        return Path(name)
+    inside = Path(name, hub.get("subfolder") or "", file)
+    found = inside if os.path.isdir(name) else _fetch_model_file(name, hub, file)
+    check_link(found)
+    return found
+
+
+def _fetch_model_file(name: str, hub: Mapping[str, Any], file: str) -> Path:
+    """The vocabulary of a hub id, with the files beside it that are signs."""
     for file_name in _SIGN_FILES:
         try:
             cached_file(name, file_name, **hub)
@@ -171,6 +182,32 @@ def fetch_model_file(name: str, hub: Mapping[str, Any], file: str = MODEL_FILE) 
             f"{name!r} is no folder, and {file} could not be fetched from the hub: {error}",
             hint="check the path or the hub id; with HF_HUB_OFFLINE=1 only what was downloaded before is found",
         ) from error
+
+
+def folder_to_save_in(save_directory: str | os.PathLike[str], push_to_hub: bool = False) -> Path:
+    """Makes the folder of a `save_pretrained`.
+
+    Args:
+        save_directory: The folder; it may exist.
+        push_to_hub: What the caller asked for; refused.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: `push_to_hub` is set, or `save_directory` is a file.
+        OutputError: The folder cannot be made.
+    """
+    if push_to_hub:
+        raise UsageError("save_pretrained(push_to_hub=True) is not supported", hint="use tokenizer.push_to_hub(...)")
+    folder = Path(save_directory)
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; expected a folder to save the tokenizer in")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error}") from error
+    return folder
 
 
 def check_link(path: Path) -> None:
@@ -216,3 +253,25 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise TokenizerError(f"{path} is a JSON {type(config).__name__}, expected an object", hint="copy it again")
     return config
+
+
+def kept_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes what a tokenizer keeps for transformers' base class.
+
+    Args:
+        arguments: Arguments of a tokenizer's class; they may come from a tokenizer_config.json.
+
+    Returns:
+        Those of `name_or_path` and `model_max_length` that are there.
+
+    Raises:
+        TokenizerError: The length is no whole number above zero.
+    """
+    kept = {key: arguments[key] for key in ("name_or_path", "model_max_length") if key in arguments}
+    longest = kept.get("model_max_length")
+    if longest is None:
+        return kept
+    whole = longest.is_integer() if isinstance(longest, float) else type(longest) is int  # JSON may say 1e30
+    if not whole or longest <= 0:
+        raise TokenizerError(f"model_max_length={longest!r:.80}: expected a whole number from 1, or null for no limit")
+    return kept | {"model_max_length": int(longest)}

@@ -18,9 +18,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from glmkit.errors import OutputError, TokenizerError, UsageError
+from glmkit.errors import TokenizerError
 from glmkit.tokenizers.batches import refuse_surrogates
-from glmkit.tokenizers.folder import CONFIG_FILE, HUB_ARGUMENTS, check_link, fetch_model_file, read_config
+from glmkit.tokenizers.folder import CONFIG_FILE, HUB_ARGUMENTS, find_model_file, folder_to_save_in, read_config
 from glmkit.tokenizers.ice_text import MODEL_FILE, IceText
 from glmkit.writing import write_bytes_atomic, write_text_atomic
 
@@ -182,7 +182,14 @@ class GLM130BTokenizer:
         return self._text.decode([index for index in ids if self.num_image_tokens <= index < len(self._text)])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The same as `decode_ids`."""
+        """Turns ids into text: the usual name of `decode_ids`.
+
+        Args:
+            ids: As in `decode_ids`.
+
+        Returns:
+            The text.
+        """
         return self.decode_ids(ids)
 
     # --- loading and saving ---
@@ -203,12 +210,7 @@ class GLM130BTokenizer:
         """
         hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
         name = os.fspath(pretrained_model_name_or_path)
-        if os.path.isfile(name):
-            vocab_file = Path(name)
-        else:
-            inside = Path(name, hub.get("subfolder") or "", MODEL_FILE)
-            vocab_file = inside if os.path.isdir(name) else fetch_model_file(name, hub, MODEL_FILE)
-            check_link(vocab_file)
+        vocab_file = find_model_file(name, hub, MODEL_FILE)
         saved = read_config(vocab_file.parent / CONFIG_FILE)
         told = kwargs.get("num_image_tokens", saved.get("num_image_tokens", IMAGE_TOKENS))
         return cls(vocab_file, num_image_tokens=told)
@@ -226,13 +228,7 @@ class GLM130BTokenizer:
             UsageError: `save_directory` is a file.
             OutputError: A file cannot be written.
         """
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise UsageError(f"{folder} is a file; expected a folder to save the tokenizer in")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder} cannot be made: {error}") from error
+        folder = folder_to_save_in(save_directory)
         config = {"tokenizer_class": type(self).__name__, "num_image_tokens": self.num_image_tokens}
         write_bytes_atomic(folder / MODEL_FILE, self._text.data)
         write_text_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")

@@ -34,6 +34,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from glmkit.errors import TokenizerError, UsageError
 from glmkit.tokenizers.chat_tokenizer import ChatTokenizer
 from glmkit.tokenizers.folder import MODEL_FILE
+from glmkit.tokenizers.glm_vocabularies import byte_letters
 
 ROLES = ("system", "user", "assistant", "observation")
 END = "<|endoftext|>"
@@ -309,10 +310,3 @@ def _build(path: Path, sequences: list[bytes]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
-
-
-def byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level vocabulary: itself if it prints, else one from U+0100 on."""
-    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return {byte: chr(byte if byte in printing else next(others)) for byte in range(256)}

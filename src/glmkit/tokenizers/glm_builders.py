@@ -52,7 +52,23 @@ def generation_inputs(
     targets: str | Sequence[str] | None,
     padding: bool,
 ) -> BatchEncoding:
-    """Builds the inputs of filling the first blank of each row; see `GLMTokenizer.build_inputs_for_generation`."""
+    """Builds the inputs of filling the first blank of every row, or of learning to.
+
+    Args:
+        tokenizer: Names the control tokens, and encodes the targets.
+        model_input: What the tokenizer returned: input_ids and attention_mask (B, S).
+        max_gen_length: `G`: most tokens to generate, or to learn, eop included.
+        targets: What fills the blanks, to learn from; None to generate.
+        padding: With `targets`: whether `G` stays as it is, instead of the length of the longest target.
+
+    Returns:
+        To generate: input_ids (B, S + 1), position_ids (B, 2, T), generation_attention_mask (B, 1, T, T). To learn:
+        input_ids and labels (B, T), position_ids, attention_mask. See `GLMTokenizer.build_inputs_for_generation`.
+
+    Raises:
+        TokenizerError: A row has no mask token; the message says which.
+        UsageError: The number of targets is not that of rows.
+    """
     source, visible = _tensors(model_input)  # (B, S) both
     rows, length = source.shape
     answers = None if targets is None else _targets(tokenizer, targets, rows, max_gen_length)
@@ -90,7 +106,22 @@ def multiple_choice_inputs(
     choices: Sequence[Sequence[str]],
     max_length: int | None,
 ) -> BatchEncoding:
-    """Builds the inputs of scoring answers; see `GLMTokenizer.build_inputs_for_multiple_choice`."""
+    """Builds the inputs of scoring several answers to every row in one pass.
+
+    Args:
+        tokenizer: Names the control tokens, and encodes the choices.
+        model_input: What the tokenizer returned: input_ids and attention_mask (B, S).
+        choices: The answers to each row.
+        max_length: Most tokens of a row with its answers; None sets no limit.
+
+    Returns:
+        input_ids (B, T), position_ids (B, 2, T), attention_mask (B, 1, T, T), T of the longest row; choice_ids, for
+        every row the ids of each answer, and choice_indices, the columns that predict them.
+
+    Raises:
+        TokenizerError: A row has no [MASK]; the message says which.
+        UsageError: There is not a list of choices for every row, one is empty, or a row is too long.
+    """
     source, visible = _tensors(model_input)
     if len(choices) != len(source):
         raise UsageError(f"choices has {len(choices)} rows and the inputs {len(source)}; expected a list for every row")

@@ -19,8 +19,8 @@ from typing import Any, ClassVar, Literal
 
 from glmkit.errors import TokenizerError, UsageError
 from glmkit.hf import BatchEncoding, TokenizersBackend
-from glmkit.tokenizers.batches import clean_up, refuse_surrogates, to_lists
-from glmkit.tokenizers.folder import CONFIG_FILE, HUB_ARGUMENTS, read_config
+from glmkit.tokenizers.batches import clean_up, cut_pair, refuse_surrogates, to_lists
+from glmkit.tokenizers.folder import CONFIG_FILE, HUB_ARGUMENTS, folder_to_save_in, kept_arguments, read_config
 from glmkit.tokenizers.glm_builders import generation_inputs, multiple_choice_inputs
 from glmkit.tokenizers.glm_control import MASKS, TOKENS, Command, CommandNames, Control
 from glmkit.tokenizers.glm_files import ADDED_FILE, fetch_folder, find_file, refuse_other_numbers
@@ -43,7 +43,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
         **kwargs: `name_or_path` and `model_max_length` are kept; special tokens of a configuration are fixed here.
 
     Raises:
-        TokenizerError: A file is missing, broken or of another kind.
+        TokenizerError: A file is missing, broken or of another kind, or the length is no number.
         UsageError: There is no such style or side, or a switch is neither true nor false.
     """
 
@@ -86,12 +86,11 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
         self.decoder_mask = decoder_mask
         self.control = Control(tuple(self._commands()), self._aliases())
         extra = {one.token: one.index for one in self.control if one.token not in vocabulary.tokens}
-        kept = {key: kwargs[key] for key in ("name_or_path", "model_max_length") if key in kwargs}
         super().__init__(
             tokenizer_object=vocabulary.backend(extra),
             padding_side=padding_side,
             truncation_side=truncation_side,
-            **kept,
+            **kept_arguments(kwargs),
         )
 
     # --- the control tokens ---
@@ -317,18 +316,11 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
         return BatchEncoding(data, tensor_type=return_tensors)
 
     def _row(self, first: list[int], second: list[int] | None, around: bool, limit: int | None) -> list[int]:
-        """Cuts and joins: the longer of two texts gives way, token by token."""
+        """Cuts and joins."""
         if limit is not None:
-            spare = limit - (self.num_special_tokens_to_add(second is not None) if around else 0)
-            if spare < 0:
-                raise UsageError(f"max_length={limit} has no room for the control tokens around a text")
-            over = len(first) + len(second or ()) - spare
-            for _ in range(over):
-                longer = second if second is not None and len(second) >= len(first) else first
-                del longer[0 if self.truncation_side == "left" else -1]
-        if around:
-            return self.build_inputs_with_special_tokens(first, second)
-        return first + (second or [])
+            added = self.num_special_tokens_to_add(second is not None) if around else 0
+            cut_pair(first, second, limit, added, self.truncation_side)
+        return self.build_inputs_with_special_tokens(first, second) if around else first + (second or [])
 
     # --- ids to text ---
 
@@ -534,14 +526,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
             UsageError: `push_to_hub` is set, or `save_directory` is a file.
             OutputError: A file cannot be written.
         """
-        if push_to_hub:
-            raise UsageError(
-                "save_pretrained(push_to_hub=True) is not supported", hint="use tokenizer.push_to_hub(...)"
-            )
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise UsageError(f"{folder} is a file; expected a folder to save the tokenizer in")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = folder_to_save_in(save_directory, push_to_hub)
         config = {
             "tokenizer_class": type(self).__name__,
             **{key: getattr(self, key) for key in self.saved_options},

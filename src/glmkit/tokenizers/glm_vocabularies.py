@@ -86,7 +86,7 @@ class BytePieces:
                 f"{vocab_file} and {merges_file} do not belong together: {error}",
                 hint="copy both files from the same repository",
             ) from error
-        letters = _byte_letters()
+        letters = byte_letters()
         missing = [letter for letter in letters if letter not in self._ids]
         if missing:
             raise TokenizerError(
@@ -308,8 +308,12 @@ def _token_ids(path: Path, data: bytes) -> dict[str, int]:
     return ids
 
 
-def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary: itself if it prints, else one from U+0100 on."""
+def byte_letters() -> list[str]:
+    """Gives the letter that stands for each byte in a byte-level vocabulary.
+
+    Returns:
+        256 letters: the byte's own if it prints, else one from U+0100 on.
+    """
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
