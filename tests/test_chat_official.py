@@ -236,6 +236,8 @@ def test_official_template_of_generation_4(shared: Path) -> None:
     )
     for row, mask, case in zip(batch["input_ids"], batch["attention_mask"], cases):
         assert row[mask.bool()].tolist() == case["ids"]
+    with pytest.raises(UsageError, match="apply_chat_template: continue_final_message is not supported"):
+        tokenizer.apply_chat_template(rows[0], continue_final_message=True)
 
 
 # --- what the official methods take ---
@@ -610,6 +612,31 @@ def test_chat_on_a_real_model(loaded: Any) -> None:
 
 
 # --- apply_chat_template ---
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+@pytest.mark.parametrize(
+    ("argument", "value", "inert"),
+    [
+        ("continue_final_message", True, False),
+        ("chat_template", "{{ messages }}", False),
+        ("documents", [{"title": "x", "text": "y"}], ()),
+        ("return_assistant_tokens_mask", True, False),
+        ("truncation", True, False),
+        ("tokenizer_kwargs", {"return_length": True}, {}),
+    ],
+)
+def test_arguments_that_would_change_the_result_are_refused(
+    two: ChatGLMTokenizer, three: ChatGLMTokenizer, generation: int, argument: str, value: Any, inert: Any
+) -> None:
+    tokenizer, messages = {2: two, 3: three}[generation], [{"role": "user", "content": "hi"}]
+    with pytest.raises(UsageError, match=f"apply_chat_template: {argument} is not supported"):
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, **{argument: value})
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    others = {argument: inert, "sanitize_control_tokens": True, "enable_thinking": False}
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, **others)["input_ids"] == ids
+    with pytest.raises(UsageError, match="without its name"):
+        tokenizer.apply_chat_template(messages, None, None, "{{ messages }}")
 
 
 def test_apply_chat_template(three: ChatGLMTokenizer, two: ChatGLMTokenizer) -> None:

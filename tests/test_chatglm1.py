@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 import glmkit
 from glmkit.engine.decode import generate_batch, stream
 from glmkit.engine.sampling import SamplingOptions
-from glmkit.errors import ConfigError, UsageError
+from glmkit.errors import CheckpointError, ConfigError, UsageError
 from glmkit.models.chatglm import ChatGLMForCausalLM, ChatGLMModel, _rotate
 from glmkit.models.chatglm_config import ChatGLMConfig
 from glmkit.quant.official import OfficialQuantizedLinear, dequantize_rows
@@ -499,6 +500,25 @@ def test_a_folder_with_one_table_loads_too(tmp_path: Path) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     model = glmkit.load(folder).model
     assert model.lm_head.weight is model.transformer.word_embeddings.weight
+
+
+def test_a_second_table_of_other_sizes_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    shutil.copytree(FIXTURES / "config_switches" / "chatglm-base", folder)
+    state = load_file(folder / "model.safetensors")
+    rows, width = state["transformer.word_embeddings.weight"].shape
+    state["lm_head.weight"] = torch.ones(rows, width)  # as large as the table: not read
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    model = glmkit.load(folder, dtype="float32").model
+    assert torch.equal(model.lm_head.weight, state["transformer.word_embeddings.weight"].float())
+    for shape, message in (
+        ((rows + 8, width), f"lm_head.weight has a vocabulary of {rows + 8} rows, config.json says {rows}"),
+        ((rows, width - 2), f"tensor lm_head.weight has shape [{rows}, {width - 2}], expected [{rows}, {width}]"),
+    ):
+        state["lm_head.weight"] = torch.ones(shape)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            glmkit.load(folder)
 
 
 # --- invariants ---

@@ -105,6 +105,8 @@ def test_what_does_not_fit_a_task_is_named() -> None:
         cloze_parts("rtee", ClozeExample("a"))
     with pytest.raises(UsageError, match="no pattern 5 of rte; expected one from 0 to 4"):
         cloze_parts("rte", ClozeExample("a", "b"), 5)
+    with pytest.raises(UsageError, match="segment_length=-1: expected a number of tokens, or 0"):
+        encode_cloze(None, "rte", ClozeExample("a", "b"), segment_length=-1)
     with pytest.raises(DataError, match=r"example 'x' of rte lacks 'b'"):
         cloze_parts("RTE", ClozeExample("a", uid="x"))
     with pytest.raises(DataError, match="one @placeholder"):

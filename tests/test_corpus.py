@@ -127,6 +127,30 @@ def test_bad_lines_are_refused_by_name_or_counted(tmp_path: Path) -> None:
         Corpus([tmp_path / "empty.txt"])
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "recursion"),
+        (b'{"text": "half \\ud800"}', "surrogates not allowed"),
+    ],
+)
+def test_json_that_is_no_text_is_a_bad_line(tmp_path: Path, line: bytes, message: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(b'{"text": "first"}\n' + line + b'\n{"text": "last \\ud83d\\ude00"}\n')
+    with pytest.raises(DataError, match=rf"bad\.jsonl:2: .*{message}"):
+        list(Corpus([file]).documents())
+    corpus = Corpus([file], skip_bad_lines=True)
+    assert [one.text for one in corpus.documents()] == ["first", "last \U0001f600"]
+    assert corpus.bad.number == 1
+
+
+def test_the_lines_of_a_paragraph_are_joined_once(tmp_path: Path) -> None:
+    """A paragraph of 4 MB in lines of two bytes: joining it line by line would copy terabytes."""
+    file = tmp_path / "long.txt"
+    file.write_bytes(b"a\n" * (module.LONGEST_BYTES // 2 + 1000) + b"\nb\n")
+    assert [len(one.text) for one in Corpus([file]).documents()] == [module.LONGEST_BYTES - 1, 1999, 1]
+
+
 def test_very_long_documents_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONGEST_BYTES", 1 << 14)
     monkeypatch.setattr(module, "_FIRST_WINDOW_BYTES", 1 << 11)

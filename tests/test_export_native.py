@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GlmConfig, GlmForC
 
 import official
 from glmkit.checkpoint import open_folder
-from glmkit.errors import CheckpointError, ConfigError, OutputError
+from glmkit.errors import CheckpointError, ConfigError, OutputError, UsageError
+from glmkit.export import convert
 from glmkit.export.native import from_native, to_native
 from glmkit.tokenizers import ChatGLM4Tokenizer, ChatGLMTokenizer
 from tiny import train_tokenizer
@@ -245,6 +246,34 @@ def test_what_cannot_be_official_is_refused(tmp_path: Path, changes: dict[str, A
     with pytest.raises(ConfigError, match=message):
         from_native(tmp_path / "native", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": None}, "'vocab_size'"),
+        ({"torch_dtype": "x"}, "torch_dtype='x': expected a name such as 'float16'"),
+        ({"dtype": []}, r"dtype=\[\]"),
+        ({"rope_theta": []}, r"rope_theta=\[\]: expected a positive number"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "twice"}}, "factor='twice'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'factor'"),
+        ({"rope_scaling": "x"}, "'rope_parameters'"),
+        ({"id2label": 3}, "id2label=3"),
+    ],
+)
+def test_a_damaged_config_is_refused_by_its_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    to_native(official.write_folder(tmp_path / "source", 3), tmp_path / "native")
+    (tmp_path / "native" / "config.json").write_text(json.dumps(config(tmp_path / "native") | changes))
+    with pytest.raises(ConfigError, match=rf"native is damaged:\n  - .*{message}"):
+        from_native(tmp_path / "native", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("to", ["native", "official", "shards"])
+def test_heads_are_told_for_folders_only(tmp_path: Path, to: str) -> None:
+    with pytest.raises(UsageError, match=f"heads=4 and to='{to}'"):
+        convert(tmp_path, tmp_path / "out", to, heads=4)
 
 
 def test_damage_is_found_before_anything_is_written(tmp_path: Path) -> None:

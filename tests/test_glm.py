@@ -414,6 +414,27 @@ def test_wrong_masks_and_positions_are_named() -> None:
     positions[1, 1, 3] = 65
     with pytest.raises(UsageError, match="at position 65: expected at most 64"):
         model(ids, positions, lengths)
+    positions[1, 1, 3] = -1
+    with pytest.raises(UsageError, match="position_ids has -1: expected positions from 0"):
+        model(ids, positions, lengths)
+
+
+@pytest.mark.parametrize(
+    ("choice_ids", "choice_indices", "message"),
+    [
+        ([], [], "no choices in choice_ids"),
+        ([[], []], [[], []], "no choices in choice_ids"),
+        ([[[5], [6]]], [[[3], [3]]], r"choice_ids has \[2\] choices, choice_indices \[2\]: .* each of 2 rows"),
+        ([[[5], [6]]] * 2, [[[3], [3]]], r"choice_ids has \[2, 2\] choices, choice_indices \[2\]"),
+        ([[[5], [6]]] * 2, [[[3], [3]], [[3]]], r"choice_indices \[2, 1\]"),
+        ([[[5], [6]], [[5]]], [[[3], [3]], [[3]]], r"choice_ids has \[2, 1\] choices"),
+        ([[[5], [6, 7]]] * 2, [[[3], [3]]] * 2, "row 0, choice 1: choice_ids has 2 ids, choice_indices 1 columns"),
+    ],
+)
+def test_choices_that_do_not_fit_are_named(choice_ids: Any, choice_indices: Any, message: str) -> None:
+    ids, positions, lengths = some_rows()
+    with pytest.raises(UsageError, match=message):
+        build(GLMForMultipleChoice)(ids, positions, lengths, choice_ids=choice_ids, choice_indices=choice_indices)
 
 
 # In the decode loop --------------------------------------------------------------------------------------------------
@@ -612,6 +633,14 @@ def test_the_official_config_and_back(tmp_path: Path) -> None:
         ("output_dropout_prob", 1.5),
         ("num_layers", 0),
         ("performer", True),
+        ("mask_token_ids", "abc"),
+        ("mask_token_ids", [4, "5"]),
+        ("mask_token_ids", [4, 10**7]),
+        ("sop_token_id", -5),
+        ("sop_token_id", 10**7),
+        ("sop_token_id", [5]),
+        ("sop_token_id", True),
+        ("quantization_bit", 4.0),
     ],
 )
 def test_configs_that_are_refused(field: str, value: object) -> None:

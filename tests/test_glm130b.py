@@ -219,6 +219,23 @@ def test_names_of_transformers() -> None:
             GLM130BConfig.from_dict(wrong)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mask_token_id", "abc"),
+        ("gmask_token_id", -5),
+        ("smask_token_id", 100),
+        ("bos_token_id", [4]),
+        ("eos_token_id", [5, 100]),
+        ("pad_token_id", True),
+    ],
+)
+def test_token_ids_outside_the_vocabulary_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{field}="):
+        GLM130BConfig.from_dict({"vocab_size": 100, field: value})
+    GLM130BConfig(vocab_size=100).check()  # the released ids stand for those that the tokenizer will tell
+
+
 def test_memory_of_the_release() -> None:
     """260 GB in fp16, about 70 GB in int4: counted by hand from the sizes."""
     config = GLM130BConfig()

@@ -198,6 +198,9 @@ def test_switches_of_a_folder_are_checked(folders: dict[str, Path]) -> None:
             load(folders, "bert", **wrong)
     with pytest.raises(UsageError, match="expected 'left' or 'right'"):
         load(folders, "bert", padding_side="up")
+    with pytest.raises(TokenizerError, match="model_max_length='x': expected a whole number from 1, or null"):
+        load(folders, "bert", model_max_length="x")
+    assert load(folders, "bert", model_max_length=4.0)("a b c d e", truncation=True)["attention_mask"] == [1] * 4
 
 
 def test_blanks_beside_masks(folders: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,15 @@ def test_a_classifier(tmp_path: Path) -> None:
     state["classifier_head.bias"] = torch.zeros(6)
     official.write_weights(folder, state, "safetensors")
     with pytest.raises(CheckpointError, match=r"classifier_head\.bias"):
+        inspect(str(folder))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (0, 32), (7, 1, 32)])
+def test_a_classifier_of_another_form_is_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    folder = official.write_folder(tmp_path / "m", form="safetensors")
+    state = official.weights() | {"classifier_head.weight": torch.zeros(shape), "classifier_head.bias": torch.zeros(1)}
+    official.write_weights(folder, state, "safetensors")
+    with pytest.raises(CheckpointError, match=rf"classifier_head\.weight has shape {re.escape(str(list(shape)))}, exp"):
         inspect(str(folder))
 
 

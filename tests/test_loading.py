@@ -22,6 +22,7 @@ import glmkit
 import official
 from glmkit import cli
 from glmkit.errors import CheckpointError, ConfigError, GlmkitError, TokenizerError, UsageError
+from glmkit.loading import choose_device
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.quant.official import OfficialQuantizedLinear
 
@@ -174,6 +175,19 @@ def test_a_device_that_is_not_there_is_said_before_loading(folder: Path, device:
         pytest.skip("there is an accelerator")
     with pytest.raises(UsageError, match="device="):
         AutoModel.from_pretrained(folder, trust_remote_code=True, device=device)
+
+
+@pytest.mark.parametrize(("device", "there"), [("cuda", True), ("cuda:1", True), ("cuda:2", False)])
+def test_the_number_of_a_device_must_exist(monkeypatch: pytest.MonkeyPatch, device: str, there: bool) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    if there:
+        assert choose_device(device).type == "cuda"
+        return
+    with pytest.raises(UsageError, match="device='cuda:2': this machine has 2 of cuda") as caught:
+        choose_device(device)
+    assert caught.value.hint == "cuda:0 is the first"
 
 
 def test_names_from_other_tools(folder: Path, tmp_path: Path) -> None:

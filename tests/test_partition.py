@@ -500,6 +500,32 @@ def test_trackers_that_lead_nowhere_are_refused(one: Path, latest: str, other: s
         open_model_parallel(one)
 
 
+def test_an_iteration_outside_the_folder_is_refused(tmp_path: Path, one: Path) -> None:
+    (one / "7").rename(tmp_path / "7")
+    (one / "7").symlink_to(tmp_path / "7")
+    with pytest.raises(CheckpointError, match="the iteration 7 is a link out of the folder"):
+        open_model_parallel(one)
+    (one / "7").unlink()
+    (tmp_path / "7").rename(one / "8")
+    (one / "7").symlink_to("8")  # inside the folder
+    (tmp_path / "named").symlink_to(one)
+    with open_model_parallel(tmp_path / "named") as folder:
+        assert (folder.iteration, folder.degree) == ("7", 1)
+
+
+def test_more_ranks_than_files_can_be_open_are_refused(one: Path) -> None:
+    (one / "7" / rank_file(256)).touch()
+    with pytest.raises(CheckpointError, match=r"mp_rank_256_model_states\.pt: at most 256 ranks expected"):
+        open_model_parallel(one)
+
+
+def test_a_config_that_promises_quantised_weights_is_not_believed(one: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (one / "config.json").write_text(json.dumps(_CONFIG_130B | {"quantization_bit": 4}))
+    with open_model_parallel(one) as folder:
+        assert (folder.bits, folder.config["quantization_bit"]) == (0, 0)
+    assert "says quantization_bit=4, but the weights are not quantised" in caplog.text
+
+
 def test_glm_of_unknown_sizes_needs_its_heads(tmp_path: Path) -> None:
     """The tensors of GLM do not show the heads; dividing asks for them no more than the official script does."""
     source = FIXTURES / "glm_base" / "hf_repo"

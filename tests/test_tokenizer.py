@@ -525,6 +525,36 @@ def test_saving_over_its_own_folder_leaves_nothing_beside(small_file: Path, tmp_
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["tokenizer.model"]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("padding_side", "x", "padding_side='x': expected 'left' or 'right'"),
+        ("padding_side", ["left"], "padding_side="),
+        ("model_max_length", "x", "model_max_length='x': expected a whole number from 1, or null"),
+        ("model_max_length", [5], "model_max_length="),
+        ("model_max_length", 0, "model_max_length=0"),
+        ("model_max_length", 2.5, r"model_max_length=2\.5"),
+        ("model_max_length", True, "model_max_length=True"),
+        ("model_max_length", float("inf"), "model_max_length=inf"),
+        ("model_max_length", 1e30, None),
+        ("model_max_length", None, None),
+        ("model_max_length", 128, None),
+    ],
+)
+def test_fields_of_the_folder_are_checked(
+    small_file: Path, tmp_path: Path, field: str, value: object, message: str | None
+) -> None:
+    ChatGLMTokenizer(small_file, generation=3).save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described | {field: value}))
+    if message is None:
+        found = ChatGLMTokenizer.from_pretrained(tmp_path).model_max_length
+        assert (found, type(found)) == (int(value or 1e30), int)
+        return
+    with pytest.raises(TokenizerError, match=message):
+        ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
 def test_wrong_files_are_refused(small_file: Path, tmp_path: Path) -> None:
     data = small_file.read_bytes()
 

@@ -131,6 +131,12 @@ def test_the_config_that_is_given_counts(files: dict[str, Path], tmp_path: Path)
         load_tokenizer(folder, glmkit.models.chatglm2_config.ChatGLM2Config(generation=3))
 
 
+@pytest.mark.parametrize("declared", [["GLMBertTokenizer"], {"GLMBertTokenizer": 1}, 5, None])
+def test_a_class_that_is_no_name_says_nothing(files: dict[str, Path], tmp_path: Path, declared: Any) -> None:
+    folder = fill(tmp_path / "x", files, "bert", GLM, {"tokenizer_class": declared})
+    assert type(AutoTokenizer.from_pretrained(folder)) is GLMBertTokenizer
+
+
 def test_folders_with_two_vocabularies_or_none(files: dict[str, Path], tmp_path: Path) -> None:
     both = fill(tmp_path / "both", files, "ice", None, None)
     shutil.copy(files["sentencepiece"], both / "tokenizer.model")
