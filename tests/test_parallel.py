@@ -35,7 +35,8 @@ from tiny_families import write_glm
 SECONDS = 300  # starting two processes takes most of it, on a busy machine
 # Sums in another order differ by a few units in the last place of float32; GLM-130B multiplies its residual stream by
 # sqrt(2 L) twice in a block, so its own error against float64 is 3e-5 already.
-ATOL, ATOL_130B = 1e-5, 1e-4
+# GLM-130B's random models are badly conditioned: a change of 1e-7 of the weights moves logits of 18 by 5e-4.
+ATOL, ATOL_130B = 1e-5, 1e-3
 
 _CHATGLM2 = {
     "num_layers": 2,
