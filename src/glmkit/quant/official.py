@@ -23,7 +23,10 @@ _QUANTISED = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_t
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantises a weight in the official way.
+    """Quantises a weight in the official way, bit for bit.
+
+    That includes rows whose largest number is below about 1e-3: float16 holds their scales coarsely, and a quotient
+    that then rounds to 128 becomes -128. Trained weights have no such rows.
 
     Args:
         weight: (out, in). Wider ones than float16 and bfloat16 are divided as they are, by scales in float16.
