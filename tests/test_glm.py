@@ -382,9 +382,9 @@ def test_what_is_kept_is_what_was_asked_for() -> None:
     nothing = model(ids, positions, lengths, use_cache=False)
     assert nothing.mems is None
     assert nothing.past_key_values is None
-    close(model(ids, positions, lengths, logits_to_keep=3).logits, whole.logits[:, -3:], atol=1e-6)
+    close(model(ids, positions, lengths, logits_to_keep=3).logits, whole.logits[:, -3:], atol=1e-5)
     chosen = torch.tensor([1, 4])
-    close(model(ids, positions, lengths, logits_to_keep=chosen).logits, whole.logits[:, chosen], atol=1e-6)
+    close(model(ids, positions, lengths, logits_to_keep=chosen).logits, whole.logits[:, chosen], atol=1e-5)
     states = model(ids, positions, lengths, output_hidden_states=True).hidden_states
     for state, memory in zip(states, whole.mems, strict=True):
         close(state, memory, atol=0)

@@ -306,7 +306,8 @@ class _Characters:
 
     def get_command(self, name: str) -> int:
         name = name.strip("[]<>").replace("CLS", "ENC")
-        return self._commands.setdefault(name, _MADE_UP + 0x110000 + len(self._commands))
+        free = next(token for token in range(_MADE_UP) if token not in self._commands.values())
+        return self._commands.setdefault(name, free)
 
     @property
     def mask_token_ids(self) -> list[int]:
