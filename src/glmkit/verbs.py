@@ -241,28 +241,14 @@ def finetune(
     _check_recipe_name(recipe)
     checked = load_recipe(recipe, overrides or ())
     if dry_run:
-        import yaml
-
-        print(yaml.safe_dump(checked.model_dump(), sort_keys=False, allow_unicode=True), end="")
-        return 0
+        return _show_recipe(checked)
     if checked.model.path is not None:
         from glmkit.location import locate
 
         locate(checked.model.path, download=yes)
     from glmkit.train.run import finetune as train
 
-    result = train(checked, resume=resume)
-    if result.interrupted:
-        print(f"stopped after step {result.steps}; --resume goes on from there", file=sys.stderr)
-        return 130
-    validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
-    print(
-        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validation}; "
-        f"report in {result.output_dir}",
-        file=sys.stderr,
-    )
-    print(result.result_dir)
-    return 0
+    return _end_of_training(train(checked, resume=resume))
 
 
 @_verb("Train a new GLM on texts, by blank infilling.")
@@ -282,10 +268,7 @@ def pretrain(
     _check_recipe_name(recipe, PretrainRecipe)
     checked = load_recipe(recipe, overrides or (), PretrainRecipe)
     if dry_run:
-        import yaml
-
-        print(yaml.safe_dump(checked.model_dump(), sort_keys=False, allow_unicode=True), end="")
-        return 0
+        return _show_recipe(checked)
     named = checked.model.tokenizer or checked.model.path
     if named is not None:
         from glmkit.location import locate
@@ -293,18 +276,7 @@ def pretrain(
         locate(named, download=yes)
     from glmkit.train.pretrain import pretrain as train
 
-    result = train(checked, resume=resume).training
-    if result.interrupted:
-        print(f"stopped after step {result.steps}; --resume goes on from there", file=sys.stderr)
-        return 130
-    validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
-    print(
-        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validation}; "
-        f"report in {result.output_dir}",
-        file=sys.stderr,
-    )
-    print(result.result_dir)
-    return 0
+    return _end_of_training(train(checked, resume=resume).training)
 
 
 @_verb("Measure a model on a task.")
@@ -474,6 +446,29 @@ def _show_text(model: str, text: str | None, picture: str | None, seed: int, jso
         print(json.dumps({"schema": 1} | asdict(scene), ensure_ascii=False, indent=2))
     elif picture is None:
         print(scenes.as_text(scene))
+    return 0
+
+
+def _show_recipe(recipe: Any) -> int:
+    """Prints a checked recipe whole, as `--dry-run` asks."""
+    import yaml
+
+    print(yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _end_of_training(result: Any) -> int:
+    """Says how a run ended: the folder with the result on standard output, all else beside it."""
+    if result.interrupted:
+        print(f"stopped after step {result.steps}; --resume goes on from there", file=sys.stderr)
+        return 130
+    validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
+    print(
+        f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}{validation}; "
+        f"report in {result.output_dir}",
+        file=sys.stderr,
+    )
+    print(result.result_dir)
     return 0
 
 
