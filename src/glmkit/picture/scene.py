@@ -145,13 +145,6 @@ def _prompt(subject: _Subject, text: str, answer_tokens: int) -> Scene:
         ids = chat_format(tokenizer).text_ids(tokenizer, text)
     prompt, size = len(ids), len(ids) + answer_tokens
     _refuse_many(size, f"of them {answer_tokens} for an answer")
-    # As loading does: what config.json does not name is the tokenizer's.
-    if isinstance(config, GLMConfig):
-        config.sop_token_id, config.mask_token_ids = tokenizer.get_command("sop"), list(tokenizer.mask_token_ids)
-    if isinstance(config, GLM130BConfig):
-        names = {"bos": "sop", "mask": "[MASK]", "gmask": "[gMASK]", "smask": "[sMASK]"}
-        for field, command in names.items():
-            setattr(config, f"{field}_token_id", tokenizer.get_command(command))
     with torch.device("meta"):
         model = LANGUAGE_MODELS[type(config)](config)
     layout = layout_for(model, torch.tensor([ids]), torch.zeros(1, dtype=torch.int64))
@@ -284,7 +277,10 @@ def _characters(config: CheckedConfig, family: Family | None) -> _Characters:
     generation = getattr(config, "generation", None) or (family.generation if family else 2)
     if isinstance(config, (GLMConfig, GLM130BConfig)):
         generation = 0
-    return _Characters(config, 1 if isinstance(config, ChatGLMConfig) else generation)
+    tokens = _Characters(config, 1 if isinstance(config, ChatGLMConfig) else generation)
+    if isinstance(config, GLMConfig):  # which names no token itself; loading takes them from the tokenizer too
+        config.sop_token_id, config.mask_token_ids = tokens.get_command("sop"), tokens.mask_token_ids
+    return tokens
 
 
 class _Characters:
