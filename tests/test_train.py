@@ -447,7 +447,7 @@ def test_mistakes_in_a_recipe_are_named_with_their_line(tmp_path: Path) -> None:
     file.write_text(RECIPE.replace("learning_rat:", "learning_rate:").replace("many", "7"))
     recipe = load_recipe(file, ["train.seed=3", "lora_alpha=16", "method.name=lora", "r=2"])
     assert (recipe.train.learning_rate, recipe.train.max_steps, recipe.train.seed) == (1e-4, 7, 3)
-    assert (recipe.method.name, recipe.method.lora_alpha, recipe.method.r) == ("lora", 16, 2)
+    assert (recipe.method.name, recipe.method.lora_alpha, recipe.method.lora_rank) == ("lora", 16, 2)
     with pytest.raises(UsageError, match=r"model\.rank=4.*no key 'rank'"):
         load_recipe(file, ["model.rank=4"])
     with pytest.raises(UsageError, match=r"lora_rank=4.*no key 'lora_rank'"):

@@ -6,18 +6,34 @@ Names are those of Hugging Face's training arguments wherever they have one.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from glmkit.data.mixtures import MIXTURES, Mixture
 
 
-class _Block(BaseModel):
+class Block(BaseModel):
+    """A block of a recipe; unknown keys are refused, keys of other tools that mean the same are read as ours."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    synonyms: ClassVar[Mapping[str, str]] = {}
+    """What other tools call a key -> the key here."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        meant = {key: cls.synonyms.get(key, key) for key in values}
+        twice = [key for key, own in meant.items() if key != own and own in values]
+        if twice:
+            raise ValueError(f"{twice[0]} and {meant[twice[0]]} are the same; give one of them")
+        return {meant[key]: value for key, value in values.items()}
 
 
-class ModelBlock(_Block):
+class ModelBlock(Block):
     """Where the model comes from: an existing one, or a new one from sizes."""
 
     path: str | None = None
@@ -30,6 +46,25 @@ class ModelBlock(_Block):
     """Precision in which frozen weights are loaded; trained weights are always float32."""
     device: str = "auto"
     """Where to train: auto, cpu, or a device of torch."""
+    family: str | None = None
+    """What the folder is, if it does not say it itself, for instance chatglm2-6b-32k."""
+    quantize: str | None = None
+    """Frozen weights in fewer bits: official-int8, official-int4, bnb-int8 or bnb-nf4; or quantization_bit: 8 or 4."""
+    adapter: str | None = None
+    """Folder of a LoRA or P-Tuning adapter to go on from; the method must be the same."""
+
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "model_name_or_path": "path",
+        "checkpoint_name_or_path": "path",
+        "quantization_bit": "quantize",
+        "ptuning_checkpoint": "adapter",
+        "torch_dtype": "dtype",
+    }
+
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _bits(cls, value: Any) -> Any:
+        return {4: "official-int4", 8: "official-int8"}.get(value, value) if isinstance(value, int) else value
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelBlock:
@@ -40,32 +75,60 @@ class ModelBlock(_Block):
         return self
 
 
-class DataBlock(_Block):
+class DataBlock(Block):
     """What to learn from."""
 
     train_file: str
-    """JSON or JSON Lines with the training records."""
+    """Training records: a JSON, JSON Lines, CSV or Parquet file, or a folder that `glm data prepare` wrote."""
     eval_file: str | None = None
-    """Records on which the validation loss is measured."""
+    """Records on which the validation loss is measured, in the same forms."""
+    format: str = "auto"
+    """What a record looks like: adgen, alpaca, history, conversations, toolalpaca, sharegpt, messages, text, columns;
+    auto looks at the first record."""
     prompt_column: str = "content"
-    """Field with the user's text, for records without `conversations`."""
+    """Format columns: field with the user's text."""
     response_column: str = "summary"
-    """Field with the answer, for records without `conversations`."""
+    """Format columns: field with the answer."""
+    history_column: str | None = None
+    """Format columns: field with earlier [question, answer] pairs."""
+    preset: Literal["whole", "paper"] = "whole"
+    """whole: cut inside the user's text only, and no end mark behind a cut answer. paper: cut as the official
+    scripts do, for comparison with their figures."""
     max_source_length: int | None = Field(None, ge=4)
     """Most tokens of a prompt with its template; longer user texts are shortened, the template never."""
     max_target_length: int | None = Field(None, ge=1)
     """Most tokens of an answer; a cut answer is trained without an end mark."""
     max_length: int = Field(2048, ge=4)
-    """Most tokens of a whole record; the rest is cut on the right."""
+    """Most tokens of a whole record."""
+    skip_overlength: bool = False
+    """Leave out records that are too long instead of cutting them."""
+    packing: bool = False
+    """Fill rows of max_length with several records that do not see each other, instead of padding."""
     loss_on: Literal["answers", "all"] = "answers"
     """Learn the assistant's messages only, or every token."""
+    mix_file: str | None = None
+    """General records to mix in, against forgetting, in the same forms."""
+    mix_ratio: float = Field(0.1, ge=0, le=10)
+    """Records of mix_file for each record of train_file."""
     max_train_samples: int | None = Field(None, ge=1)
     """Use only the first records of train_file."""
     max_eval_samples: int | None = Field(None, ge=1)
     """Use only the first records of eval_file."""
+    num_proc: int = Field(1, ge=1)
+    """Processes that make token ids of records."""
+    cache_dir: str | None = None
+    """Where token ids are kept for the next start; none: glmkit's folder in the user's cache."""
+
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "val_file": "eval_file",
+        "validation_file": "eval_file",
+        "max_seq_length": "max_length",
+        "preprocessing_num_workers": "num_proc",
+        "num_parallel_workers": "num_proc",
+    }
 
 
-class NewModelBlock(_Block):
+class NewModelBlock(Block):
     """A new GLM model, or one to go on with."""
 
     init: dict[str, Any] | None = None
@@ -88,7 +151,7 @@ class NewModelBlock(_Block):
         return self
 
 
-class CorpusBlock(_Block):
+class CorpusBlock(Block):
     """Texts, however many."""
 
     files: list[str] = []
@@ -121,7 +184,7 @@ class CorpusBlock(_Block):
         return self
 
 
-class BlanksBlock(_Block):
+class BlanksBlock(Block):
     """Which blanks are made; a published mixture, with changes to it."""
 
     mixture: str = "token_document"
@@ -170,22 +233,42 @@ class BlanksBlock(_Block):
         return dataclasses.replace(MIXTURES[self.mixture], **changes)
 
 
-class MethodBlock(_Block):
+class MethodBlock(Block):
     """Which parameters learn."""
 
-    name: Literal["full", "lora"] = "full"
-    """full: all parameters. lora: small matrices beside the frozen ones, saved as a PEFT folder."""
-    r: int = Field(8, ge=1)
+    name: Literal["full", "freeze", "lora", "ptuning_v2"] = "full"
+    """full: all parameters. freeze: the last blocks. lora: small matrices beside frozen ones, saved as a PEFT folder.
+    ptuning_v2: learned keys and values in front of every layer's own, saved as the official scripts save them."""
+    lora_rank: int = Field(8, ge=1)
     """Rank of the LoRA matrices."""
     lora_alpha: float = Field(32, gt=0)
-    """LoRA's output is scaled by lora_alpha / r."""
+    """LoRA's output is scaled by lora_alpha / lora_rank."""
     lora_dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout on the input of the LoRA matrices."""
     target_modules: list[str] = ["query_key_value"]
     """Names of the linear layers that get LoRA matrices."""
+    pre_seq_len: int = Field(128, ge=1)
+    """Columns of a P-Tuning prefix."""
+    prefix_projection: bool = False
+    """Make the prefix with a small network instead of learning its values directly."""
+    num_layer_trainable: int = Field(3, ge=1)
+    """Blocks that learn with freeze, counted from the last."""
+
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "peft_type": "name",
+        "r": "lora_rank",
+        "num_virtual_tokens": "pre_seq_len",
+        "lora_target": "target_modules",
+    }
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _known_names(cls, value: Any) -> Any:
+        others = {"p_tuning": "ptuning_v2", "prefix_tuning": "ptuning_v2", "ptuning": "ptuning_v2", "sft": "full"}
+        return others.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
-class TrainBlock(_Block):
+class TrainBlock(Block):
     """How to learn."""
 
     learning_rate: float = Field(1e-4, gt=0)
@@ -198,16 +281,20 @@ class TrainBlock(_Block):
     """Step at which the learning rate has fallen, and of which warmup_ratio is a part, instead of the last one."""
     warmup_ratio: float = Field(0.0, ge=0, le=1)
     """Part of the steps over which the learning rate rises from 0."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """The same as a number of steps, instead of warmup_ratio."""
     num_train_epochs: int = Field(1, ge=1)
     """Passes over the data, unless max_steps is given."""
     max_steps: int = Field(-1, ge=-1)
     """Optimizer steps; -1 means num_train_epochs decides."""
     per_device_train_batch_size: int = Field(8, ge=1)
-    """Records per batch, unless tokens_per_batch is given."""
+    """Records (rows, when packing) per batch of one process, unless tokens_per_batch is given."""
+    per_device_eval_batch_size: int | None = Field(None, ge=1)
+    """Records per batch when measuring; none: as in training."""
     tokens_per_batch: int | None = Field(None, ge=16)
     """Most tokens per batch, padding included, instead of a number of records."""
     gradient_accumulation_steps: int = Field(1, ge=1)
-    """Batches per optimizer step; every label token weighs the same whatever the division."""
+    """Batches of one process per optimizer step; every label token weighs the same whatever the division."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
@@ -220,34 +307,85 @@ class TrainBlock(_Block):
     """Gradients are scaled down to this norm."""
     bf16: bool = False
     """Compute matrix products in bfloat16 (weights, loss and optimizer stay float32)."""
+    fp16: bool = False
+    """Compute matrix products in float16, with a loss that is scaled so that gradients do not vanish."""
     gradient_checkpointing: bool = False
     """Keep no activations inside blocks and compute them again: less memory, a third more time."""
+    loss_chunk_tokens: int | None = Field(None, ge=1)
+    """Most label positions whose logits exist at once; their logits are computed again in the backward pass."""
+    on_nonfinite_loss: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is no number ends the run, or its step is left out and counted."""
     seed: int = Field(42, ge=0)
     """Seed of weights, order of the data and dropout."""
     logging_steps: int = Field(10, ge=1)
     """Write a line of metrics every so many steps."""
-    eval_steps: int = Field(0, ge=0)
-    """Measure the validation loss every so many steps; 0: at the end only."""
-    save_steps: int = Field(500, ge=0)
-    """Save a checkpoint every so many steps; 0: only when the run is stopped."""
+    eval_steps: int = Field(-1, ge=-1)
+    """Measure the validation loss every so many steps; -1: never before the end."""
+    eval_epochs: int = Field(-1, ge=-1)
+    """Measure the validation loss after every so many passes over the data; -1: never before the end."""
+    predict_with_generate: bool = False
+    """At each validation also answer records of eval_file and measure BLEU-4 and ROUGE."""
+    max_predict_samples: int = Field(50, ge=1)
+    """How many records are answered."""
+    probe_prompts: list[str] = []
+    """Questions that are answered before, at each validation and after, to see what is learnt and what forgotten."""
+    metric_for_best_model: Literal["eval_loss", "bleu-4", "rouge-1", "rouge-2", "rouge-l"] = "eval_loss"
+    """What says which checkpoint is the best; the lowest loss, or the highest of the others."""
+    load_best_model_at_end: bool = False
+    """Give the best checkpoint of all validations as the result, not the last; it is kept beyond save_total_limit."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """End after so many validations without a better one."""
+    save_steps: int = Field(500, ge=-1)
+    """Save a checkpoint every so many steps; 0 or -1: only when the run is stopped."""
     save_total_limit: int = Field(2, ge=1)
     """Keep this many checkpoints."""
 
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "eval_step_interval": "eval_steps",
+        "eval_epoch_interval": "eval_epochs",
+        "batch_size": "per_device_train_batch_size",
+        "max_predict_records": "max_predict_samples",
+    }
+
     @model_validator(mode="after")
-    def _falls_somewhere(self) -> TrainBlock:
+    def _fits_together(self) -> TrainBlock:
         if self.lr_scheduler_type == "exponential" and self.lr_min_ratio == 0:
             raise ValueError("an exponential learning rate never reaches 0; set lr_min_ratio")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both set; choose one")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("warmup_steps and warmup_ratio are both set; choose one")
         return self
 
 
-class OutputBlock(_Block):
+class DistributedBlock(Block):
+    """How several processes, started by torchrun, share the work. One process alone needs nothing of it."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
+    """ddp: each process has the whole model. fsdp: each holds a part of every tensor (FSDP2). deepspeed: ZeRO as
+    deepspeed.json says. auto: deepspeed if its file is given, else ddp."""
+    deepspeed: str | None = None
+    """Path of a deepspeed.json, with DeepSpeed's own keys; "auto" in it is filled from this recipe."""
+    cpu_offload: bool = False
+    """fsdp: keep parameters and optimizer in the memory of the host."""
+    reshard_after_forward: bool = True
+    """fsdp: give gathered parameters back after the forward pass (less memory) and gather them again."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Processes that share every matrix product, where the family allows it."""
+
+
+class OutputBlock(Block):
     """Where results go."""
 
     dir: str
     """Folder for checkpoints, metrics, report and the result; one run at a time."""
+    report_to: list[Literal["tensorboard"]] = []
+    """Trackers that get the metrics too; metrics.jsonl and the report are always written."""
+
+    synonyms: ClassVar[Mapping[str, str]] = {"output_dir": "dir"}
 
 
-class Recipe(_Block):
+class Recipe(Block):
     """A whole recipe for tuning."""
 
     model: ModelBlock
@@ -258,11 +396,13 @@ class Recipe(_Block):
     """Which parameters learn."""
     train: TrainBlock = TrainBlock()
     """How to learn."""
+    distributed: DistributedBlock = DistributedBlock()
+    """How several processes share the work."""
     output: OutputBlock
     """Where results go."""
 
 
-class PretrainRecipe(_Block):
+class PretrainRecipe(Block):
     """A whole recipe for pre-training GLM by blank infilling."""
 
     model: NewModelBlock
@@ -275,6 +415,8 @@ class PretrainRecipe(_Block):
     """Which parameters learn: all of them."""
     train: TrainBlock = TrainBlock()
     """How to learn; per_device_train_batch_size counts rows."""
+    distributed: DistributedBlock = DistributedBlock()
+    """How several processes share the work."""
     output: OutputBlock
     """Where results go."""
 
@@ -299,6 +441,10 @@ class RunRecipe(Protocol):
     @property
     def train(self) -> TrainBlock:
         """How to learn."""
+
+    @property
+    def distributed(self) -> DistributedBlock:
+        """How several processes share the work."""
 
     @property
     def output(self) -> OutputBlock:

@@ -268,7 +268,7 @@ class _Run:
         block = self.recipe.train
         self.pending.append(figures)
         last = self.step == self.total_steps
-        validate = bool(self.eval_examples) and (last or (block.eval_steps and self.step % block.eval_steps == 0))
+        validate = bool(self.eval_examples) and (last or (block.eval_steps > 0 and self.step % block.eval_steps == 0))
         if last or validate or self.step % block.logging_steps == 0:
             line = _summary(self.pending)
             if validate:
@@ -278,7 +278,7 @@ class _Run:
             self.metrics.append(line)
             with open(self.output / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        if block.save_steps and self.step % block.save_steps == 0 and not last:
+        if block.save_steps > 0 and self.step % block.save_steps == 0 and not last:
             self.save()
 
     def save(self) -> None:

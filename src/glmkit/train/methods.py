@@ -126,7 +126,7 @@ class LoraMethod:
                 f"{', '.join(sorted(names))}"
             )
         config = LoraConfig(
-            r=self.block.r,
+            r=self.block.lora_rank,
             lora_alpha=self.block.lora_alpha,
             lora_dropout=self.block.lora_dropout,
             target_modules=list(self.block.target_modules),
@@ -171,7 +171,7 @@ class LoraMethod:
     def describe(self) -> str:
         """Say in one line what learns."""
         block = self.block
-        return f"lora: r {block.r}, alpha {block.lora_alpha:g}, dropout {block.lora_dropout}, " + ", ".join(
+        return f"lora: rank {block.lora_rank}, alpha {block.lora_alpha:g}, dropout {block.lora_dropout}, " + ", ".join(
             block.target_modules
         )
 
