@@ -20,7 +20,7 @@ from glmkit.data.blank_infilling import BlankIds, BlankMaker
 from glmkit.data.corpus import Corpus, Row, RowStream
 from glmkit.data.made_texts import made_texts
 from glmkit.data.mixtures import MIXTURES
-from glmkit.errors import DataError, UsageError
+from glmkit.errors import DataError
 from glmkit.train.sources import Blanks
 
 ENC, EOS, STOP = 3, 4, 5
@@ -233,11 +233,11 @@ def test_pieces_of_long_documents_begin_and_end_at_sentences(tmp_path: Path) -> 
 # --- the stream as a source of batches ---
 
 
-def make_blanks(file: Path, process: int = 0, processes: int = 1, accumulation: int = 2) -> Blanks:
+def make_blanks(file: Path) -> Blanks:
     ids = BlankIds(eos=EOS, enc=ENC, mask=6, smask=7, gmask=8, sop=1, eop=2, dblock=9)
     maker = BlankMaker(ids, MIXTURES["10b"], lambda token: token == STOP, 64)
     rows = stream(Corpus([file], form="lines", skip_bad_lines=True))
-    return Blanks(rows, maker, batch_size=3, accumulation=accumulation, seed=5, process=process, processes=processes)
+    return Blanks(rows, maker, batch_size=3, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -247,12 +247,12 @@ def made_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_processes_share_the_stream(made_file: Path) -> None:
-    alone = [make_blanks(made_file).samples(number) for number in range(12)]
-    shares = [[make_blanks(made_file, process, 3).samples(number) for number in range(4)] for process in range(3)]
-    assert [shares[number % 3][number // 3] for number in range(12)] == alone
-    with pytest.raises(UsageError, match="process 3 of 3"):
-        make_blanks(made_file, 3, 3)
+def test_windows_of_other_sizes_hold_the_same_batches(made_file: Path) -> None:
+    def batches(size: int) -> list[str]:
+        windows = itertools.islice(make_blanks(made_file).windows({}, size), 12 // size)
+        return [str(batch.inputs["input_ids"].tolist()) for window in windows for batch in window.batches]
+
+    assert batches(1) == batches(3) == batches(4)
 
 
 _WRITER = """
@@ -261,7 +261,7 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_corpus import line_of, make_blanks
 place = eval(sys.argv[1])
-for window in make_blanks(Path({file!r})).windows(place):
+for window in make_blanks(Path({file!r})).windows(place, 2):
     print(line_of(window), flush=True)
 """
 
@@ -273,7 +273,7 @@ def line_of(window: object) -> str:
 
 def test_a_stream_that_was_killed_goes_on_sample_for_sample(made_file: Path) -> None:
     whole = []
-    for window, _ in zip(make_blanks(made_file).windows({}), range(24)):
+    for window, _ in zip(make_blanks(made_file).windows({}, 2), range(24)):
         whole.append(line_of(window))
     code = _WRITER.format(tests=str(Path(__file__).parent), file=str(made_file))
     got: list[str] = []
@@ -296,4 +296,4 @@ def test_a_corpus_without_room_for_blanks_is_refused(tmp_path: Path) -> None:
     blanks.rows.row = lambda number: Row([ENC, 20, 21], [0, 1, 1])  # type: ignore[method-assign]
     blanks.maker.mixture = MIXTURES["token"]
     with pytest.raises(DataError, match="no row in which the wanted blanks fit"):
-        next(blanks.windows({}))
+        next(blanks.windows({}, 2))

@@ -95,7 +95,7 @@ def test_the_result_is_loaded_by_its_folder(learnt: PretrainResult) -> None:
     assert isinstance(loaded.model, GLMForConditionalGeneration)
     assert isinstance(loaded.tokenizer, GLMChineseTokenizer)
     assert loaded.tokenizer.get_command("dBLOCK") == tokenizer.get_command("dBLOCK")
-    batch = next(source.windows({})).batches[0].inputs
+    batch = next(source.windows({}, 1)).batches[0].inputs
     with torch.no_grad():
         ours, theirs = model.label_loss(**batch)[0], loaded.model.label_loss(**batch)[0]
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=0)
@@ -104,7 +104,7 @@ def test_the_result_is_loaded_by_its_folder(learnt: PretrainResult) -> None:
 def test_the_loss_is_the_cross_entropy_of_part_b(learnt: PretrainResult) -> None:
     model, _, source = parts(learnt)
     samples = source.samples(0)
-    batch = next(source.windows({})).batches[0]
+    batch = next(source.windows({}, 1)).batches[0]
     loss, number = model.label_loss(**batch.inputs)
     expected = torch.zeros(())
     for sample in samples:  # one by one, without padding, with the mask written out

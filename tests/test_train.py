@@ -22,8 +22,10 @@ from glmkit.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 from glmkit.train.arguments import DataBlock, ModelBlock, Recipe, load_recipe, recipe_names
 from glmkit.train.checkpoints import checkpoints, lock_folder, newest_checkpoint, publish, save_checkpoint
-from glmkit.train.loop import TrainingResult, learning_rate, mean_loss, train
+from glmkit.train.loop import TrainingResult, learning_rate, train
+from glmkit.train.processes import OneProcess
 from glmkit.train.run import finetune, load_model
+from glmkit.train.validation import mean_loss
 from tiny import sizes, train_tokenizer
 
 SIZES = {
@@ -232,7 +234,8 @@ def test_lora_starts_as_the_base_trains_little_and_leaves_it_alone(tmp_path: Pat
     examples = make_examples(30)
     method = {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["query_key_value"]}
     recipe = make_recipe(tmp_path, method, num_train_epochs=4, logging_steps=1)
-    base_loss = mean_loss(tiny_model(), examples, 0, recipe)
+    base = tiny_model()
+    base_loss = mean_loss(base, OneProcess(torch.device("cpu"), base), examples, 0, recipe.train)
     result, model = run(recipe, examples, eval_examples=examples)
     assert result.metrics[0]["loss"] == pytest.approx(base_loss, rel=0.05)
     assert result.eval_loss is not None

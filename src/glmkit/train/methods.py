@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,9 @@ class Method(Protocol):
     def prepare(self, model: nn.Module) -> nn.Module:
         """Set which parameters learn (float32) and return the module to call."""
 
-    def save(self, model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    def save(
+        self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Write what was learnt."""
 
     def restore(self, model: nn.Module, folder: Path) -> None:
@@ -60,7 +62,9 @@ class FullMethod:
         model.requires_grad_(True)
         return model
 
-    def save(self, model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    def save(
+        self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Write weights, config and tokenizer.
 
         Args:
@@ -139,7 +143,9 @@ class LoraMethod:
                 parameter.data = parameter.data.float()
         return wrapped
 
-    def save(self, model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    def save(
+        self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Write a PEFT adapter folder.
 
         Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import math
 import sys
@@ -57,8 +56,6 @@ def pretrain(
     resume: bool = False,
     on_step: OnStep | None = None,
     progress: bool = True,
-    process: int = 0,
-    processes: int = 1,
 ) -> PretrainResult:
     """Do what a recipe for pre-training says.
 
@@ -68,8 +65,6 @@ def pretrain(
         resume: Continue from the last checkpoint in the recipe's output folder.
         on_step: Called after every step, see `train`.
         progress: Show bars, or lines where there is no terminal.
-        process: Which share of the stream of rows to take, from 0.
-        processes: How many shares there are.
 
     Returns:
         The result; loss curve, examples and report lie in its output folder.
@@ -101,7 +96,7 @@ def pretrain(
             hint="shorten the rows, or raise model.init.max_sequence_length",
         )
     ids = blank_ids(tokenizer, mixture)
-    source = make_source(recipe, corpus, tokenizer, ids, process=process, processes=processes)
+    source = make_source(recipe, corpus, tokenizer, ids)
     examples, batches = _held_out(recipe, held_out, tokenizer, ids, source.maker)
     before = [fill_blanks(model, example) for example in examples]
     result = train(model, tokenizer, recipe, source, batches, resume, on_step, progress)
@@ -180,9 +175,7 @@ def blank_ids(tokenizer: Any, mixture: Mixture) -> BlankIds:
     )
 
 
-def make_source(
-    recipe: PretrainRecipe, corpus: Corpus, tokenizer: Any, ids: BlankIds, *, process: int = 0, processes: int = 1
-) -> Blanks:
+def make_source(recipe: PretrainRecipe, corpus: Corpus, tokenizer: Any, ids: BlankIds) -> Blanks:
     """Make the stream of batches that a recipe describes.
 
     Args:
@@ -190,8 +183,6 @@ def make_source(
         corpus: Where documents come from.
         tokenizer: A GLM tokenizer.
         ids: Its control tokens.
-        process: Which share of the stream, from 0.
-        processes: How many shares there are.
 
     Returns:
         The source for the loop.
@@ -214,10 +205,7 @@ def make_source(
         rows,
         BlankMaker(ids, recipe.blanks.whole(), cached_ends(text_of, SENTENCE_MARKS), length),
         batch_size=block.per_device_train_batch_size,
-        accumulation=block.gradient_accumulation_steps,
         seed=block.seed,
-        process=process,
-        processes=processes,
     )
 
 
@@ -296,8 +284,7 @@ def _held_out(
     examples = pick_examples(corpus, tokenizer, ids, maker, block.examples, block.seq_length)
     source = make_source(recipe, corpus, tokenizer, ids)
     number = math.ceil(block.eval_rows / recipe.train.per_device_train_batch_size)
-    windows = itertools.islice(source.windows({}), math.ceil(number / recipe.train.gradient_accumulation_steps))
-    return examples, [batch for window in windows for batch in window.batches][:number]
+    return examples, next(source.windows({}, number)).batches
 
 
 def _write_report(

@@ -64,11 +64,11 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Return a text that is equal for equal data only."""
 
-    def steps(self, epochs: int) -> int:
-        """Return the number of windows of so many passes over the data."""
+    def steps(self, epochs: int, batches: int) -> int:
+        """Return the number of windows of at most so many batches in so many passes over the data."""
 
-    def windows(self, place: Place) -> Iterator[Window]:
-        """Yield windows from a place on, without an end; an empty place is the beginning."""
+    def windows(self, place: Place, batches: int) -> Iterator[Window]:
+        """Yield windows of at most so many batches from a place on, without an end; an empty place is the beginning."""
 
 
 class Records:
@@ -88,23 +88,25 @@ class Records:
         """Return a SHA-256 over all ids and labels."""
         return fingerprint(self._examples)
 
-    def steps(self, epochs: int) -> int:
+    def steps(self, epochs: int, batches: int) -> int:
         """Return the number of windows of so many passes.
 
         Args:
             epochs: Passes over the examples.
+            batches: Most batches of a window.
         """
-        return sum(len(self._plan(epoch)) for epoch in range(epochs))
+        return sum(len(self._plan(epoch, batches)) for epoch in range(epochs))
 
-    def windows(self, place: Place) -> Iterator[Window]:
+    def windows(self, place: Place, batches: int) -> Iterator[Window]:
         """Yield windows, pass after pass.
 
         Args:
             place: `windows`, how many were handed out before.
+            batches: Most batches of a window.
         """
         number, epoch = 0, 0
         while True:
-            for window in self._plan(epoch):
+            for window in self._plan(epoch, batches):
                 number += 1
                 if number > place.get("windows", 0):
                     yield Window([self.batch(members) for members in window], epoch, {"windows": number})
@@ -124,68 +126,52 @@ class Records:
             where=[example.where for example in chosen],
         )
 
-    def _plan(self, epoch: int) -> list[list[list[int]]]:
+    def _plan(self, epoch: int, accumulation: int) -> list[list[list[int]]]:
         block = self._block
         sizes = {"batch_size": block.per_device_train_batch_size}
         if block.tokens_per_batch is not None:
             sizes = {"tokens_per_batch": block.tokens_per_batch}
-        accumulation = block.gradient_accumulation_steps
         return plan_epoch(self._lengths, seed=block.seed, epoch=epoch, accumulation=accumulation, **sizes)
 
 
 class Blanks:
     """Rows of a corpus with blanks in them, without an end.
 
-    Batch number n has rows of its own and a generator of its own, so a place is the number of the next batch. In a
-    parallel run every process takes each `processes`-th batch.
+    Batch number n has rows of its own and a generator of its own, so a place is the number of the next batch.
 
     Args:
         rows: The rows.
         maker: Makes the blanks.
         batch_size: Rows of a batch.
-        accumulation: Batches of a window.
         seed: Seed of the blanks.
-        process: Number of this process, from 0.
-        processes: How many there are.
     """
 
-    def __init__(
-        self,
-        rows: RowStream,
-        maker: BlankMaker,
-        *,
-        batch_size: int,
-        accumulation: int = 1,
-        seed: int = 0,
-        process: int = 0,
-        processes: int = 1,
-    ) -> None:
-        if not 0 <= process < processes:
-            raise UsageError(f"process {process} of {processes}: expected a number from 0 to {processes - 1}")
+    def __init__(self, rows: RowStream, maker: BlankMaker, *, batch_size: int, seed: int = 0) -> None:
         self.rows, self.maker = rows, maker
-        self._batch_size, self._accumulation, self._seed = batch_size, accumulation, seed
-        self._process, self._processes = process, processes
+        self._batch_size, self._seed = batch_size, seed
 
     def fingerprint(self) -> str:
         """Return what the corpus says of its files."""
         return self.rows.corpus.fingerprint()
 
-    def steps(self, epochs: int) -> int:
+    def steps(self, epochs: int, batches: int) -> int:
         """Refuse, because a stream has no end.
 
         Args:
             epochs: Not used.
+            batches: Not used.
 
         Raises:
             UsageError: Always.
         """
         raise UsageError("train.max_steps is missing: a corpus is a stream without an end")
 
-    def windows(self, place: Place) -> Iterator[Window]:
+    def windows(self, place: Place, batches: int) -> Iterator[Window]:
         """Yield windows from a batch on.
 
         Args:
             place: `batches`, how many were drawn before, and `bad_lines`, how many lines were left out.
+            batches: Batches of a window.
 
         Raises:
             DataError: If rows cannot be read, or nothing can be learnt from them.
@@ -193,30 +179,29 @@ class Blanks:
         number, bad = place.get("batches", 0), self.rows.corpus.bad
         bad.number = place.get("bad_lines", 0)
         while True:
-            batches: list[Batch] = []
+            made: list[Batch] = []
             empty = 0
-            while len(batches) < self._accumulation:
+            while len(made) < batches:
                 samples = self.samples(number)
                 number += 1
                 if samples:
-                    batches.append(batch_of(samples))
+                    made.append(batch_of(samples))
                 elif (empty := empty + 1) == _EMPTY_CALLS:
                     raise DataError(
                         f"{empty} batches, one after the other, have no row in which the wanted blanks fit",
                         hint="use longer rows (corpus.seq_length) or other blanks",
                     )
-            yield Window(batches, 0, {"batches": number, "bad_lines": bad.number})
+            yield Window(made, 0, {"batches": number, "bad_lines": bad.number})
 
     def samples(self, number: int) -> list[Sample]:
         """Draw the samples of a batch.
 
         Args:
-            number: Which batch of this process.
+            number: Which batch.
 
         Returns:
             Those with something to learn; none if no blanks fit.
         """
-        number = number * self._processes + self._process
         rows = [self.rows.row(number * self._batch_size + index) for index in range(self._batch_size)]
         generator = random.Random(f"blanks {self._seed} {number}")
         return [sample for sample in self.maker.make(rows, generator) if any(sample.loss_mask)]
