@@ -10,7 +10,7 @@ in generation 3 gives both the blank that SentencePiece puts in front.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from glmkit.chat.messages import Message
@@ -33,6 +33,7 @@ class Blocks:
         sampling: How the official `chat` chooses tokens.
         contents: The contents of the blocks of a message: none, one, or one more for tools.
         read_call: Reads the arguments of a tool call, or raises ToolCallError.
+        write_call: Writes them, as the model was trained to.
         text_tools: Header lines of tools whose call is text: code to run, a picture to paint.
         dummy_prefix: Whether a content begins with SentencePiece's blank.
     """
@@ -41,6 +42,7 @@ class Blocks:
     sampling: SamplingOptions
     contents: Callable[[Any, Message], list[str]]
     read_call: Callable[[str], dict[str, Any]]
+    write_call: Callable[[dict[str, Any]], str]
     text_tools: frozenset[str]
     dummy_prefix: bool
     divider: str = "<|assistant|>"
@@ -61,7 +63,8 @@ class Blocks:
 
     def answer_ids(self, tokenizer: Any, message: Message, last: bool) -> list[int]:
         """See `glmkit.chat.templates.answer_ids`: header line and content."""
-        ids = tokenizer.build_single_message("assistant", message.metadata, message.content)[1:]
+        written = self._written(message)
+        ids = tokenizer.build_single_message("assistant", written.metadata, written.content)[1:]
         return [*ids, *([tokenizer.eos_token_id] if last else [])]
 
     def conversation_ids(self, tokenizer: Any, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -82,9 +85,15 @@ class Blocks:
         """A message from its role id to the end of its content."""
         return [
             token
-            for content in self.contents(tokenizer, message)
+            for content in self.contents(tokenizer, self._written(message))
             for token in tokenizer.build_single_message(message.role, message.metadata, content)
         ]
+
+    def _written(self, message: Message) -> Message:
+        """The message with the text of its call, if it is one."""
+        if message.arguments is None:
+            return message
+        return replace(message, content=self.write_call(message.arguments), arguments=None)
 
 
 def chatglm3_contents(tokenizer: Any, message: Message) -> list[str]:

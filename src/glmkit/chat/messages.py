@@ -20,15 +20,18 @@ class Message:
         content: The text.
         metadata: The header line of an assistant message: the tool it calls, "interpreter", or nothing.
         tools: Tools the assistant may call, with a system message only: a list, or a mapping from names.
+        arguments: Arguments of a call of the tool that `metadata` names, instead of content: each model's format
+            writes them in its own way. A call that a model has written stays the text that it wrote.
 
     Raises:
-        UsageError: No such role, or content that is not text.
+        UsageError: No such role, content that is not text, or arguments without a tool or beside content.
     """
 
     role: str
     content: str
     metadata: str = ""
     tools: list[Any] | dict[str, Any] | None = None
+    arguments: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -39,6 +42,8 @@ class Message:
                 raise UsageError(f"the {name} of a {self.role} message is {type(value).__name__}; expected text")
         if self.tools is not None and self.role != "system":
             raise UsageError(f"a {self.role} message has tools; only a system message can")
+        if self.arguments is not None and (self.role != "assistant" or not self.metadata or self.content):
+            raise UsageError("only an assistant message has arguments, with a tool's name as metadata and no content")
 
 
 def to_messages(
@@ -83,11 +88,19 @@ def _turn(item: Any) -> list[Message]:
     if isinstance(item, Message):
         return [item]
     if isinstance(item, Mapping):
-        unknown = set(item) - {"role", "content", "metadata", "tools"}
+        unknown = set(item) - {"role", "content", "metadata", "tools", "arguments"}
         if "role" not in item or unknown:
             found = ", ".join(map(str, item))
             raise UsageError(f"a message has the keys {found}; expected role, content, and perhaps metadata, tools")
-        return [Message(item["role"], item.get("content", ""), item.get("metadata") or "", item.get("tools"))]
+        return [
+            Message(
+                item["role"],
+                item.get("content", ""),
+                item.get("metadata") or "",
+                item.get("tools"),
+                item.get("arguments"),
+            )
+        ]
     if isinstance(item, (tuple, list)) and len(item) == 2:
         return [Message("user", item[0]), Message("assistant", item[1])]
     raise UsageError(

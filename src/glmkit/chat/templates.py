@@ -18,7 +18,14 @@ from typing import Any
 from glmkit.chat.blocks import Blocks, chatglm3_contents, glm4_contents
 from glmkit.chat.messages import Message
 from glmkit.chat.rounds import Rounds
-from glmkit.chat.tools import GLM4_BUILT_IN, INTERPRETER, parse_json_call, parse_tool_call
+from glmkit.chat.tools import (
+    GLM4_BUILT_IN,
+    INTERPRETER,
+    parse_json_call,
+    parse_tool_call,
+    write_json_call,
+    write_tool_call,
+)
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import UsageError
 
@@ -31,8 +38,24 @@ _SAMPLING = SamplingOptions(temperature=0.8, top_p=0.8, top_k=50)
 FORMATS: Mapping[int, ChatFormat] = {
     1: Rounds("ChatGLM-6B", _FIRST_SAMPLING, 0, "\n", bare=True, full_width=True),
     2: Rounds("ChatGLM2", _SAMPLING, 1, "\n\n"),
-    3: Blocks("ChatGLM3", _SAMPLING, chatglm3_contents, parse_tool_call, frozenset({INTERPRETER}), dummy_prefix=True),
-    4: Blocks("GLM-4", _SAMPLING, glm4_contents, parse_json_call, frozenset(GLM4_BUILT_IN), dummy_prefix=False),
+    3: Blocks(
+        "ChatGLM3",
+        _SAMPLING,
+        chatglm3_contents,
+        parse_tool_call,
+        write_tool_call,
+        frozenset({INTERPRETER}),
+        dummy_prefix=True,
+    ),
+    4: Blocks(
+        "GLM-4",
+        _SAMPLING,
+        glm4_contents,
+        parse_json_call,
+        write_json_call,
+        frozenset(GLM4_BUILT_IN),
+        dummy_prefix=False,
+    ),
 }
 
 
@@ -110,3 +133,23 @@ def conversation_ids(tokenizer: Any, messages: Sequence[Message]) -> tuple[list[
     if not messages or messages[-1].role != "assistant":
         raise UsageError("a conversation to learn from ends with the assistant's message")
     return chat_format(tokenizer).conversation_ids(tokenizer, messages)
+
+
+def text_ids(tokenizer: Any, text: str) -> tuple[list[int], list[bool]]:
+    """Gives the ids of plain text, without any role, and which of them are to be learnt: all of the text.
+
+    In generation 1, where what is asked is read in both directions, the text follows an empty question.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: The text.
+
+    Returns:
+        The ids with the end mark, and for each whether it is a target.
+
+    Raises:
+        UsageError: The model has no chat format.
+    """
+    start = chat_format(tokenizer).text_ids(tokenizer, "")
+    ids = [*start, *tokenizer.encode_text(text), tokenizer.eos_token_id]
+    return ids, [False] * len(start) + [True] * (len(ids) - len(start))

@@ -1,4 +1,4 @@
-"""Tools: how models are told of them and how they call them. Calls are read as literals and never evaluated.
+"""Tools: how models are told of them, and how calls are written and read. Calls are literals and never evaluated.
 
     ChatGLM3    tools as one JSON text behind a sentence      calls  tool_call(city='北京')
     GLM-4       a section of text for each tool               calls  {"city": "北京"}
@@ -9,9 +9,12 @@ Source: tokenization_chatglm.py of both models' repositories. The texts are what
 from __future__ import annotations
 
 import ast
+import io
 import json
+import keyword
 import math
 import re
+import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +67,7 @@ GLM4_BUILT_IN = {
         "- 如无特殊说明，所在地为中国，持有中国立场并遵循中国社会主义价值观。"
     ),
 }
+_KEYWORD_MARK = "__keyword__"
 _FENCE = re.compile(r"\s*```[^\n`]*\n(?P<code>.*?)(?:\n?[ \t]*```\s*)?", re.DOTALL)
 
 
@@ -135,6 +139,54 @@ def _glm4_section(tool: Any) -> tuple[str, str]:
     return function["name"], f"{json.dumps(function, ensure_ascii=False, indent=4)}\n{_GLM4_FUNCTION}"
 
 
+def write_json_call(arguments: Mapping[str, Any]) -> str:
+    """Writes a call as GLM-4 was trained to: its arguments as one JSON object.
+
+    Args:
+        arguments: The arguments by name.
+
+    Returns:
+        The content of the assistant's message; the tool's name is its header line.
+
+    Raises:
+        UsageError: A value has no such form.
+    """
+    _check_arguments(arguments)
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+def write_tool_call(arguments: Mapping[str, Any]) -> str:
+    """Writes a call as ChatGLM3 was trained to: a fenced `tool_call(name=value, ...)` of Python constants.
+
+    Args:
+        arguments: The arguments by name; a name may be a word of Python, as `from`.
+
+    Returns:
+        The content of the assistant's message; the tool's name is its header line.
+
+    Raises:
+        UsageError: A value has no such form, or a name is none that an argument in Python can have.
+
+    Source: ChatGLM3 @0ffbe4ca finetune_chatmodel_demo/preprocess_utils.py, format_function_call.
+    """
+    _check_arguments(arguments)
+    for name in arguments:
+        if not name.isidentifier():
+            raise UsageError(
+                f"the argument {name[:100]!r} cannot be written as tool_call(name=value), ChatGLM3's form of a call",
+                hint="rename it to letters, digits and _",
+            )
+    return f"```python\ntool_call({', '.join(f'{name}={value!r}' for name, value in arguments.items())})\n```"
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        try:
+            _check_json(value, name, MAX_DEPTH)
+        except ToolCallError as error:
+            raise UsageError(error.message) from None
+
+
 def parse_json_call(text: str) -> dict[str, Any]:
     """Reads the arguments of a GLM-4 call: one JSON object.
 
@@ -191,7 +243,7 @@ def parse_tool_call(text: str) -> dict[str, Any]:
     fenced = _FENCE.fullmatch(text)
     code = (fenced["code"] if fenced else text).strip()
     try:
-        call = ast.parse(code, mode="eval").body
+        call = _expression(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else str(error) or type(error).__name__
         raise ToolCallError(f"the tool call is no expression ({reason}): {code[:200]!r}") from None
@@ -200,13 +252,39 @@ def parse_tool_call(text: str) -> dict[str, Any]:
     if call.args:
         raise ToolCallError(f"tool_call takes arguments by name only, found {code[:200]!r}")
     arguments: dict[str, Any] = {}
-    for keyword in call.keywords:
-        if keyword.arg is None:
+    for given in call.keywords:
+        if given.arg is None:
             raise ToolCallError(f"tool_call takes arguments by name only, found ** in {code[:200]!r}")
-        if keyword.arg in arguments:
-            raise ToolCallError(f"tool_call has the argument {keyword.arg} twice")
-        arguments[keyword.arg] = _literal(keyword.value, keyword.arg, MAX_DEPTH)
+        name = given.arg.removesuffix(_KEYWORD_MARK)
+        if name in arguments:
+            raise ToolCallError(f"tool_call has the argument {name} twice")
+        arguments[name] = _literal(given.value, name, MAX_DEPTH)
     return arguments
+
+
+def _expression(code: str) -> ast.expr:
+    """The code as a tree; arguments may be called as words of Python are, which models write as they learnt it."""
+    try:
+        return ast.parse(code, mode="eval").body
+    except SyntaxError:
+        marked = _mark_keywords(code)
+        if marked == code:
+            raise
+    return ast.parse(marked, mode="eval").body
+
+
+def _mark_keywords(code: str) -> str:
+    """The code with words of Python that stand where an argument is named made into other names."""
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
+    except (tokenize.TokenError, SyntaxError):
+        return code
+    lines = code.split("\n")  # as tokenize counts them; splitlines would also cut at U+2028
+    for before, token, after in reversed(list(zip(tokens, tokens[1:], tokens[2:]))):
+        if keyword.iskeyword(token.string) and before.string in ("(", ",") and after.string == "=":
+            row, column = token.end
+            lines[row - 1] = lines[row - 1][:column] + _KEYWORD_MARK + lines[row - 1][column:]
+    return "\n".join(lines)
 
 
 def _literal(node: ast.expr, name: str, depth: int) -> Any:

@@ -19,6 +19,7 @@ from glmkit.errors import OutputError, UsageError
 from glmkit.writing import write_text_atomic
 
 _SCHEMA = 1
+BASE = "base"  # which no adapter is called
 _KEPT = 50  # conversations on disk; older ones are removed when a new one begins
 
 
@@ -29,14 +30,16 @@ class Transcript:
     Args:
         model: What the user called the model.
         messages: All messages, a system message among them.
-        adapter: The adapter's folder, if any.
+        adapter: The adapter's folder, if any; of several their names and folders.
         settings: Sampling settings that the user chose, by name.
+        active: Name of the adapter that answered last, or BASE; None where there was nothing to choose.
     """
 
     model: str
     messages: tuple[Message, ...]
-    adapter: str | None = None
+    adapter: str | dict[str, str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    active: str | None = None
 
 
 def state_folder() -> Path:
@@ -73,6 +76,7 @@ def write(path: Path, transcript: Transcript) -> None:
         "schema": _SCHEMA,
         "model": transcript.model,
         "adapter": transcript.adapter,
+        "active": transcript.active,
         "settings": transcript.settings,
         "messages": [message_to_dict(message) for message in transcript.messages],
     }
@@ -105,6 +109,7 @@ def read(path: Path) -> Transcript:
             messages=tuple(Message(**message) for message in content["messages"]),
             adapter=content.get("adapter"),
             settings=dict(content.get("settings") or {}),
+            active=content.get("active"),
         )
     except OSError as error:
         raise UsageError(f"cannot read the conversation {path}: {error.strerror or error}") from error
@@ -123,6 +128,8 @@ def message_to_dict(message: Message) -> dict[str, Any]:
         plain["metadata"] = message.metadata
     if message.tools is not None:
         plain["tools"] = message.tools
+    if message.arguments is not None:
+        plain["arguments"] = message.arguments
     return plain
 
 

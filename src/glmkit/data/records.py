@@ -1,37 +1,42 @@
-"""Read data files: attribute lists with their copy (ADGEN), named columns, and ChatGLM3 conversations.
+"""Read data files: JSON Lines, JSON arrays, CSV and Parquet, in every format of `glmkit.data.formats`.
 
-A file is JSON Lines (one object per line) or one JSON array. Every form becomes the same thing, a `Record`: the
-messages of one dialogue that ends with an answer. A file with bad rows is refused whole, and the error counts them.
+Every form becomes the same thing, a `Record`. A file with bad rows is refused whole, and the error counts them and
+names the first; `convert` leaves them out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from glmkit.chat.messages import Message
-from glmkit.errors import DataError, UsageError
+from glmkit.data.formats import Columns, Dialogue, Format, formats, read_dialogue, recognise
+from glmkit.data.rows import Unreadable, read_rows
+from glmkit.errors import DataError, OutputError, UsageError
+from glmkit.writing import write_text_atomic
 
-ROLES = ("system", "user", "assistant", "observation", "tool")
-_SHOWN_PROBLEMS = 5
+_SHOWN_PROBLEMS = 3
 
 
 @dataclass(frozen=True)
 class Record:
-    """One dialogue to learn from or to be measured against.
+    """One dialogue, or one plain text, to learn from or to be measured against.
 
     Attributes:
-        messages: The dialogue in order; the last message is the assistant's.
+        messages: The dialogue in order; the last message is the assistant's. Empty for plain text.
         loss: For each message, whether an assistant message is to be learnt.
-        where: File and line (or item of the array), for messages to the user.
+        where: File and line, for messages to the user.
+        text: Plain text, which is learnt whole.
     """
 
     messages: tuple[Message, ...]
     loss: tuple[bool, ...]
     where: str
+    text: str = ""
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -41,140 +46,181 @@ class Record:
     @property
     def answer(self) -> str:
         """The text of the last answer."""
-        return self.messages[-1].content
+        return self.messages[-1].content if self.messages else self.text
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of a file that was converted.
+
+    Attributes:
+        written: Dialogues written.
+        problems: What was wrong with each row that was left out, with its place.
+    """
+
+    written: int
+    problems: tuple[str, ...]
+
+    def __str__(self) -> str:
+        written = f"conversations written: {self.written}, rows left out: {len(self.problems)}"
+        return f"{written}\n{_shown(self.problems)}" if self.problems else written
 
 
 def read_records(
-    path: str | Path, *, prompt_column: str = "content", response_column: str = "summary", limit: int | None = None
+    path: str | Path,
+    *,
+    format: str = "auto",
+    prompt_column: str = "content",
+    response_column: str = "summary",
+    history_column: str | None = None,
+    limit: int | None = None,
 ) -> list[Record]:
     """Read a data file.
 
     Args:
-        path: A `.json` or `.jsonl` file; what it holds decides, not its name.
-        prompt_column: Field with the user's text in records without `conversations`.
-        response_column: Field with the answer in records without `conversations`.
+        path: A file of JSON Lines, one JSON array, CSV (`.csv`) or Parquet.
+        format: What its rows look like, see `glmkit.data.formats`; "auto" looks at the fields of the first row.
+        prompt_column: Field with the user's text, of rows that have named columns.
+        response_column: Field with the answer.
+        history_column: Field with earlier [question, answer] pairs, if any.
         limit: Stop after this many records.
 
     Returns:
         The records in the order of the file.
 
     Raises:
-        DataError: If the file is missing, is not JSON, or has bad rows; names the first of them and their number.
+        UsageError: There is no such format.
+        DataError: The file is missing, is of no known form, or has bad rows; names the first of them and their number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"there is no data file {path}", hint="check the path; it is relative to the current folder")
-    records: list[Record] = []
-    problems: list[str] = []
-    for where, row in _rows(path):
-        if limit is not None and len(records) >= limit:
-            break
-        try:
-            if isinstance(row, _Unreadable):
-                raise DataError(row.reason)
-            records.append(_record(row, where, prompt_column, response_column))
-        except (DataError, UsageError) as error:
-            problems.append(f"{where}: {error.message}")
+    columns = Columns(prompt_column, response_column, history_column)
+    records, problems = _read(Path(path), format, columns, limit)
     if problems:
-        shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         raise DataError(
-            f"{len(problems)} of {len(problems) + len(records)} rows of {path} cannot be used:\n{shown}",
-            hint=f"a row needs the fields {prompt_column!r} and {response_column!r}, or 'conversations'; "
-            "only a training recipe can name other fields, with data.prompt_column= and data.response_column=",
+            f"{len(problems)} of {len(problems) + len(records)} rows of {path} cannot be used:\n{_shown(problems)}",
+            hint="correct these rows, or leave them out: glm data convert FORMAT OLD.json NEW.jsonl; another form is "
+            "named by data.format= in a training recipe, other fields by data.prompt_column= and data.response_column=",
         )
     if not records:
         raise DataError(f"{path} has no records")
     return records
 
 
-@dataclass(frozen=True)
-class _Unreadable:
-    reason: str
+def convert(format: str, source: str | Path, target: str | Path, *, overwrite: bool = False) -> Converted:
+    """Writes a data file again, as JSON Lines of ChatGLM3 conversations; bad rows are left out and counted.
+
+    Args:
+        format: What the rows look like; "auto" looks at the first.
+        source: The file to read.
+        target: The file to write; it appears when it is complete.
+        overwrite: Replace an existing file.
+
+    Returns:
+        How many were written, and what was left out.
+
+    Raises:
+        UsageError: There is no such format.
+        OutputError: The target exists, or cannot be written.
+        DataError: Nothing is left, or the rows are plain text.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and not overwrite:
+        raise OutputError(f"{target} exists", hint="choose another name, or --overwrite")
+    records, problems = _read(source, format, Columns(), None)
+    if not records:
+        raise DataError(f"no row of {source} can be used:\n{_shown(problems)}" if problems else f"{source} is empty")
+    if any(record.text for record in records):
+        raise DataError(f"{source} holds plain text, which is no conversation", hint="train on it with format text")
+    rows = [json.dumps(_conversation_row(record), ensure_ascii=False) for record in records]
+    write_text_atomic(target, "".join(f"{row}\n" for row in rows))
+    return Converted(len(records), tuple(problems))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (file:line, parsed row) for JSON Lines, (file item N, row) for an array."""
+def _read(path: Path, name: str, columns: Columns, limit: int | None) -> tuple[list[Record], list[str]]:
+    """The records of a file, and what is wrong with the rows that give none."""
+    rows = read_rows(path)
+    begin: list[tuple[str, Any]] = []
+    for row in rows:  # up to the first that shows the form
+        begin.append(row)
+        if not isinstance(row[1], Unreadable):
+            break
+    if not begin:
+        raise DataError(f"{path} has no records")
+    form = _format(name, *begin[-1], columns)
+    records: list[Record] = []
+    problems: list[str] = []
+    for where, row in chain(begin, rows):
+        for place, dialogue in _dialogues(form, where, row):
+            if limit is not None and len(records) >= limit:
+                return records, problems
+            if isinstance(dialogue, DataError):
+                problems.append(f"{place}: {dialogue.message}")
+            else:
+                records.append(Record(dialogue.messages, dialogue.loss, place, dialogue.text))
+    return records, problems
+
+
+def _format(name: str, where: str, row: Any, columns: Columns) -> Format:
+    known = formats(columns)
+    if name != "auto":
+        if name not in known:
+            raise UsageError(f"there is no data format {name!r}; known are auto, {', '.join(known)}")
+        return known[name]
+    if isinstance(row, Unreadable):
+        return known["columns"]  # no row can be read; the problems are the same whatever the form
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error}", hint="save the file as UTF-8") from None
-    if text.lstrip()[:1] == "[":
-        try:
-            items = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            line = getattr(error, "lineno", 1)
-            raise DataError(f"{path}:{line}: not valid JSON: {error}") from None
-        yield from ((f"{path} item {number}", item) for number, item in enumerate(items, start=1))
+        return known[recognise(row, columns)]
+    except DataError as error:
+        raise DataError(
+            f"{where}: {error.message}",
+            hint="a training recipe can name the form with data.format=, and other fields with data.prompt_column= and "
+            "data.response_column=",
+        ) from None
+
+
+def _dialogues(form: Format, where: str, row: Any) -> Iterator[tuple[str, Dialogue | DataError]]:
+    """What a row holds, each with its place: a dialogue, or what is wrong with it."""
+    if isinstance(row, Unreadable):
+        yield where, DataError(row.reason)
         return
-    # Only "\n" ends a line: text may hold U+2028 and its like, which str.splitlines would cut at.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    try:
+        parts = form.parts(row) if isinstance(row, dict) else [("", row)]
+    except DataError as error:
+        yield where, error
+        return
+    for place, part in parts:
         try:
-            yield f"{path}:{number}", json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield f"{path}:{number}", _Unreadable(f"not valid JSON: {error}")
+            yield where + place, read_dialogue(form, part)
+        except DataError as error:
+            yield where + place, error
 
 
-def _record(row: Any, where: str, prompt_column: str, response_column: str) -> Record:
-    if not isinstance(row, Mapping):
-        raise DataError(f"a row must be a JSON object, this is {type(row).__name__}")
-    if "conversations" in row:
-        return _conversation(row, where)
-    for column in (prompt_column, response_column):
-        if column not in row:
-            raise DataError(f"no field {column!r}; the row has {', '.join(map(repr, row)) or 'none'}")
-        if not isinstance(row[column], str):
-            raise DataError(f"field {column!r} must be text, this is {type(row[column]).__name__}")
-    messages = (Message(role="user", content=row[prompt_column]), Message("assistant", row[response_column]))
-    return Record(messages, (False, True), where)
+def _shown(problems: list[str] | tuple[str, ...]) -> str:
+    more = [f"… and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
+    return "\n".join(f"  - {problem}" for problem in [*problems[:_SHOWN_PROBLEMS], *more])
 
 
-def _conversation(row: Mapping[str, Any], where: str) -> Record:
-    """Turn a ChatGLM3 record into messages; a `tool` turn is a call the model makes and the answer it gets."""
-    turns = row["conversations"]
-    if not isinstance(turns, list) or not turns:
-        raise DataError("'conversations' must be a list of messages that is not empty")
-    messages: list[Message] = []
-    loss: list[bool] = []
-    tools = row.get("tools")
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, Mapping) or turn.get("role") not in ROLES:
-            found = turn.get("role") if isinstance(turn, Mapping) else turn
-            raise DataError(f"message {number} has the role {found!r}; expected one of {', '.join(ROLES)}")
-        learn = turn.get("loss", True)
-        if not isinstance(learn, bool):
-            raise DataError(f"message {number}: 'loss' must be true or false, this is {learn!r}")
-        made = _tool_turn(turn, number) if turn["role"] == "tool" else [_message(turn, number)]
-        messages.extend(made)
-        loss.extend(learn and message.role == "assistant" for message in made)
-    if tools:
-        if messages[0].role == "system":
-            first = messages[0]
-            messages[0] = Message("system", first.content, first.metadata, first.tools or tools)
-        else:
-            messages.insert(0, Message("system", "", "", tools))  # the template has the sentence that announces them
-            loss.insert(0, False)
-    if messages[-1].role != "assistant":
-        raise DataError(f"the last message must be the assistant's, this one is of role {messages[-1].role!r}")
-    return Record(tuple(messages), tuple(loss), where)
-
-
-def _message(turn: Mapping[str, Any], number: int) -> Message:
-    content = turn.get("content")
-    metadata = turn.get("metadata") or ""
-    if not isinstance(content, str) or not isinstance(metadata, str):
-        raise DataError(f"message {number} ({turn['role']}) must have text in 'content' and, if any, in 'metadata'")
-    return Message(turn["role"], content, metadata, turn.get("tools"))
-
-
-def _tool_turn(turn: Mapping[str, Any], number: int) -> list[Message]:
-    name, parameters = turn.get("name"), turn.get("parameters")
-    if not isinstance(name, str) or not isinstance(parameters, Mapping) or "observation" not in turn:
-        raise DataError(f"message {number} (tool) needs 'name' (text), 'parameters' (object) and 'observation'")
-    observation = turn["observation"]
-    if not isinstance(observation, str):
-        observation = json.dumps(observation, ensure_ascii=False)
-    arguments = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
-    call = f"```python\ntool_call({arguments})\n```"
-    return [Message("assistant", call, name), Message("observation", observation)]
+def _conversation_row(record: Record) -> dict[str, Any]:
+    """A record in ChatGLM3's form; `read_records` reads the same record from it."""
+    row: dict[str, Any] = {}
+    turns: list[dict[str, Any]] = []
+    messages = list(zip(record.messages, record.loss))
+    while messages:
+        message, learn = messages.pop(0)
+        if message.tools is not None:
+            row["tools"] = message.tools
+            if not message.content:
+                continue
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.arguments is not None:
+            if messages and messages[0][0].role == "observation":
+                turn = {"role": "tool", "name": message.metadata, "parameters": message.arguments}
+                turn["observation"] = messages.pop(0)[0].content
+            else:  # a call at the end, which has no result
+                turn["metadata"] = message.metadata
+                turn["content"] = json.dumps(message.arguments, ensure_ascii=False)
+        elif message.metadata:
+            turn["metadata"] = message.metadata
+        if message.role == "assistant" and not learn:
+            turn["loss"] = False
+        turns.append(turn)
+    return {**row, "conversations": turns}

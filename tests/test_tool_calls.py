@@ -1,0 +1,97 @@
+"""The share of well-formed tool calls, on replies whose judgement is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmkit.chat.messages import Message
+from glmkit.chat.templates import answer_ids
+from glmkit.data.records import Record
+from glmkit.errors import DataError
+from glmkit.evaluate import tool_calls
+from glmkit.evaluate.tool_calls import evaluate_tool_calls, judge, turns
+from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+from tiny import train_tokenizer
+
+TOOLS = [
+    {"name": "weather", "description": "Tells the weather.", "parameters": {}},
+    {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}},
+]
+DIALOGUE = (
+    Message("system", "", tools=TOOLS),
+    Message("user", "Rain in Oslo?"),
+    Message("assistant", "I will look."),
+    Message("assistant", "", "weather", arguments={"city": "Oslo"}),
+    Message("observation", "rain"),
+    Message("assistant", "It rains."),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatGLMTokenizer:
+    return ChatGLMTokenizer(train_tokenizer(tmp_path_factory.mktemp("words") / "tokenizer.model"), generation=3)
+
+
+def records() -> list[Record]:
+    return [Record(DIALOGUE, tuple(message.role == "assistant" for message in DIALOGUE), "a:1")]
+
+
+def say(tokenizer: ChatGLMTokenizer, name: str = "", text: str = "", **arguments: Any) -> list[int]:
+    message = Message("assistant", "", name, arguments=arguments) if arguments else Message("assistant", text, name)
+    return answer_ids(tokenizer, message, last=False)
+
+
+def test_every_run_of_the_assistant_is_a_turn(tokenizer: ChatGLMTokenizer) -> None:
+    first, second = turns(tokenizer, records())
+    assert (first.prompt, first.name, first.arguments) == (DIALOGUE[:2], "weather", {"city": "Oslo"})
+    assert (second.prompt, second.name) == (DIALOGUE[:5], None)
+    assert first.tools == {"weather", "add"}
+    with pytest.raises(DataError, match="no dialogue of these records has tools"):
+        turns(tokenizer, [Record(DIALOGUE[1:3], (False, True), "a:1")])
+
+
+def test_replies_count_as_what_they_are(tokenizer: ChatGLMTokenizer) -> None:
+    call, text = turns(tokenizer, records())
+    thought = [*say(tokenizer, text="I will look."), tokenizer.get_command("<|assistant|>")]
+    exact = say(tokenizer, "weather", city="Oslo")
+    assert judge(tokenizer, call, exact) == ["called", "formed", "right", "exact"]
+    assert judge(tokenizer, call, thought + exact) == ["called", "formed", "right", "exact"]
+    assert judge(tokenizer, call, say(tokenizer, "weather", city="Bergen")) == ["called", "formed", "right"]
+    assert judge(tokenizer, call, say(tokenizer, "add", a=1)) == ["called", "formed"]
+    assert judge(tokenizer, call, say(tokenizer, "sing", a=1)) == ["called"]
+    assert judge(tokenizer, call, say(tokenizer, "weather", text="tool_call(")) == ["called"]
+    assert judge(tokenizer, call, say(tokenizer, text="No idea.")) == []
+    assert judge(tokenizer, text, say(tokenizer, text="It rains.")) == []
+    assert judge(tokenizer, text, exact) == ["false"]
+
+
+def test_shares_are_of_the_turns_that_fit(
+    tokenizer: ChatGLMTokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Model:
+        class config:
+            max_position_embeddings = 400
+
+    long = Message("user", "very " * 400)
+    asked = [*records(), *records(), Record((DIALOGUE[0], long, *DIALOGUE[2:4]), (False, False, True, True), "a:2")]
+    replies = [
+        say(tokenizer, "weather", city="Oslo"),
+        say(tokenizer, "weather", city="Oslo"),
+        say(tokenizer, "sing", a=1),
+        say(tokenizer, text="It rains."),
+    ]
+    monkeypatch.setattr(tool_calls, "generate_batch", lambda model, prompts, *_, **__: replies[: len(prompts)])
+    found = evaluate_tool_calls(Model(), tokenizer, asked, max_new_tokens=40)
+    assert found == {
+        "call_turns": 2,
+        "text_turns": 2,
+        "too_long": 1,
+        "called": 100.0,
+        "formed": 50.0,
+        "right": 50.0,
+        "exact": 50.0,
+        "false": 50.0,
+    }
