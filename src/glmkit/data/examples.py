@@ -2,27 +2,31 @@
 
 The ids come from `glmkit.chat.templates`, the same functions that build a prompt for inference, so what is trained is
 token for token what is asked later. Labels are the ids themselves where the model is to learn them and -100 elsewhere;
-they are not shifted.
+they are not shifted, but for GLM (2021), whose labels stand where they are predicted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
 
+import numpy as np
 import torch
 
-from glmkit.chat.messages import Message
-from glmkit.chat.templates import answer_ids, conversation_ids, prompt_ids
+from glmkit.chat.templates import conversation_ids, text_ids
+from glmkit.data.cutting import Cuts, Limits, fit, forget, official_ids
+from glmkit.data.lengths import TruncationReport, measured
 from glmkit.data.records import Record
+from glmkit.data.seq2seq import Seq2SeqExample, Seq2SeqTask, encode_seq2seq
 from glmkit.errors import DataError, TokenizerError, UsageError
 
 IGNORED = -100
 # How many batches are sorted by length together: more means less padding, fewer means more mixing.
 _SORTED_TOGETHER = 64
+_SHOWN_PROBLEMS = 3
 
 
 @dataclass(frozen=True)
@@ -32,105 +36,151 @@ class Example:
     Attributes:
         input_ids: (T,) int32.
         labels: (T,) int32, -100 where nothing is learnt.
-        label_tokens: How many positions are predicted: labels other than -100 from the second position on.
+        label_tokens: How many positions are predicted: labels other than -100, where they are shifted from the second
+            position on.
         where: Where the record came from.
+        sep: Columns in front of `sop`, which are read in both directions; 0 in causal models.
+        position_ids: (2, T) int32, for GLM (2021); None where they follow from the columns.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     label_tokens: int
     where: str
+    sep: int = 0
+    position_ids: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Where texts are cut. None means no limit of this kind.
+class Examples(Sequence[Example]):
+    """Examples in memory, with what is asked of all of them.
 
-    Attributes:
-        source_tokens: Most tokens of the prompt of a single question, template included.
-        target_tokens: Most tokens of its answer, the end mark not counted.
-        total_tokens: Most tokens of a whole record.
+    Args:
+        examples: The examples.
     """
 
-    source_tokens: int | None = None
-    target_tokens: int | None = None
-    total_tokens: int | None = None
+    def __init__(self, examples: Iterable[Example]) -> None:
+        self._examples = list(examples)
+        self.lengths = np.array([len(example.input_ids) for example in self._examples], dtype=np.int64)
+        self.label_tokens = np.array([example.label_tokens for example in self._examples], dtype=np.int64)
 
+    def __len__(self) -> int:
+        return len(self._examples)
 
-@dataclass(frozen=True)
-class TruncationReport:
-    """What the limits did to a data file.
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        return self._examples[index]
 
-    Attributes:
-        records: Records read.
-        cut_prompts: Records whose user text was shortened.
-        cut_answers: Records whose answer was cut, and which therefore teach no end.
-        dropped: Records left without anything to learn.
-    """
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over all ids and labels, see `fingerprint`."""
+        return fingerprint(self._examples)
 
-    records: int = 0
-    cut_prompts: int = 0
-    cut_answers: int = 0
-    dropped: int = 0
+    def digests(self) -> list[int]:
+        """Return a number for each example that is equal for equal ids."""
+        return [hash(example.input_ids.numpy().tobytes()) for example in self]
 
-    def __str__(self) -> str:
-        return (
-            f"{self.records} records, {self.cut_prompts} prompts cut, {self.cut_answers} answers cut, "
-            f"{self.dropped} dropped"
-        )
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Examples:
+        """Return the examples as they are if they are of this class already.
+
+        Args:
+            examples: The examples.
+        """
+        return examples if isinstance(examples, Examples) else cls(examples)
 
 
 def make_example(
-    tokenizer: Any, record: Record, limits: Limits | None = None, *, loss_on: str = "answers"
-) -> tuple[Example, bool, bool]:
+    tokenizer: Any, record: Record, limits: Limits | None = None, *, loss_on: str = "answers", preset: str = "whole"
+) -> tuple[Example, Cuts]:
     """Tokenise one record.
 
-    A limit shortens the user's text and never the template around it, so the mark at which the answer begins stays.
-    An answer that is cut loses its end mark too: the model must not learn to stop in the middle of a sentence.
+    A limit shortens history and the user's text and never the template around them, so the mark at which the answer
+    begins stays. An answer that is cut loses its end mark too: the model must not learn to stop in the middle of a
+    sentence.
 
     Args:
         tokenizer: The model's tokenizer.
         record: What to tokenise.
         limits: Where to cut; None cuts nowhere.
         loss_on: "answers" learns what the assistant says, "all" every token after the two prefix ids.
+        preset: "whole", or "paper" to cut as the official scripts do.
 
     Returns:
-        The example, whether its prompt was cut, whether its answer was cut.
+        The example and what was cut.
 
     Raises:
         DataError: If the template alone is longer than the limit of the source.
+        UsageError: If the record has no form for this model.
     """
     limits = limits or Limits()
-    messages = record.messages
-    cut_prompt = False
-    end: int | None = limits.total_tokens
-    if len(messages) - sum(message.role == "system" for message in messages) == 2:
-        if limits.source_tokens is not None:
-            shortened = _fit_prompt(tokenizer, messages[:-1], limits.source_tokens, record.where)
-            cut_prompt = shortened != messages[:-1]
-            messages = (*shortened, messages[-1])
-        if limits.target_tokens is not None:
-            start = len(prompt_ids(tokenizer, messages[:-1]))
-            target_end = start + limits.target_tokens
-            # The end mark is not counted, so an answer of exactly target_tokens keeps it.
-            if start + len(answer_ids(tokenizer, messages[-1], last=True)) - 1 > target_end:
-                end = target_end if end is None else min(end, target_end)
-    ids, mask = conversation_ids(tokenizer, messages)
-    mask = list(mask)
-    for start, stop in _unlearnt_spans(tokenizer, record, messages):
-        mask[start:stop] = [False] * (stop - start)
-    cut_answer = end is not None and len(ids) > end
+    if loss_on == "all" and tokenizer.generation in (0, 1):
+        raise UsageError(
+            "loss_on: all: this model reads a prompt in both directions, so each of its tokens is seen beforehand",
+            hint="use loss_on: answers",
+        )
+    if tokenizer.generation == 0:
+        return _blank_example(tokenizer, record, limits, preset)
+    if record.text:
+        ids, learnt, cuts = _text_ids(tokenizer, record.text, limits)
+    elif preset == "paper":
+        ids, learnt, cuts = official_ids(tokenizer, record, limits)
+    else:
+        record, end, cuts = fit(tokenizer, record, limits)
+        ids, learnt = conversation_ids(tokenizer, record.messages)
+        forget(tokenizer, record, learnt)
+        ids, learnt = ids[:end], learnt[:end]
     if loss_on == "all":
-        if tokenizer.generation == 1:
-            raise UsageError(
-                "loss_on: all: ChatGLM-6B reads a prompt in both directions, so each of its tokens is seen beforehand",
-                hint="use loss_on: answers",
-            )
-        mask = [False, False] + [True] * (len(ids) - 2)
-    input_ids = torch.tensor(ids[:end], dtype=torch.int32)
-    labels = torch.where(torch.tensor(mask[:end], dtype=torch.bool), input_ids, IGNORED)
-    label_tokens = int((labels[1:] != IGNORED).sum())
-    return Example(input_ids, labels, label_tokens, record.where), cut_prompt, cut_answer
+        learnt = [False, False] + [True] * (len(ids) - 2)
+    input_ids = torch.tensor(ids, dtype=torch.int32)
+    labels = torch.where(torch.tensor(learnt, dtype=torch.bool), input_ids, IGNORED)
+    sep = ids.index(tokenizer.bos_token_id) if tokenizer.generation == 1 else 0
+    return Example(input_ids, labels, int((labels[1:] != IGNORED).sum()), record.where, sep), cuts
+
+
+def seq2seq_example(encoded: Seq2SeqExample, where: str) -> Example:
+    """Make an example of an encoded record of GLM (2021).
+
+    Args:
+        encoded: The record with its target.
+        where: Where it came from.
+    """
+    labels = encoded.labels.int()
+    learnt = int((labels != IGNORED).sum())
+    return Example(encoded.input_ids.int(), labels, learnt, where, encoded.sep, encoded.position_ids.int())
+
+
+def _blank_example(tokenizer: Any, record: Record, limits: Limits, preset: str) -> tuple[Example, Cuts]:
+    """Question and answer as the filling of one blank behind the question, see `glmkit.data.seq2seq`.
+
+    The official script fills every source up to its limit, and the model reads the filling; here it is as long as it
+    is, but for the preset "paper".
+    """
+    if record.text or [message.role for message in record.messages] not in (["user", "assistant"], ["assistant"]):
+        raise UsageError("GLM fills one blank behind one text: it learns from a question and its answer, nothing else")
+    source, target = "".join(message.content for message in record.messages[:-1]), record.answer
+    prompt = len(tokenizer.encode_with_masks(source)) + 3  # [CLS], the blank and the end mark of the source
+    answer = len(tokenizer.encode_with_masks(f" {target}"))
+    if preset == "paper":
+        columns, learnt = limits.source_tokens or prompt, limits.target_tokens or answer + 1
+    else:
+        kept = answer if limits.target_tokens is None else min(answer, limits.target_tokens)
+        learnt = kept + (kept == answer)  # the end mark of a whole answer
+        columns = min(prompt, limits.source_tokens or prompt)
+        if limits.total_tokens is not None:
+            columns = min(columns, max(limits.total_tokens - learnt, limits.total_tokens // 2))
+            learnt = min(learnt, limits.total_tokens - columns)
+    task = Seq2SeqTask("any", columns, learnt, 1, 0.0, 0, 0, 1, 1e-5)
+    cuts = Cuts(prompt, answer, characters=max(0, prompt - columns), answer=max(0, answer + 1 - learnt))
+    return seq2seq_example(encode_seq2seq(tokenizer, task, source, target), record.where), cuts
+
+
+def _text_ids(tokenizer: Any, text: str, limits: Limits) -> tuple[list[int], list[bool], Cuts]:
+    """Plain text behind the prefix ids, and its end mark if it is not cut; all of it is learnt."""
+    whole, learnt = text_ids(tokenizer, text)
+    cut, tokens = whole[: limits.total_tokens], sum(learnt) - 1
+    return cut, learnt[: len(cut)], Cuts(len(whole) - tokens - 1, tokens, answer=len(whole) - len(cut))
 
 
 def make_examples(
@@ -139,47 +189,114 @@ def make_examples(
     limits: Limits | None = None,
     *,
     loss_on: str = "answers",
+    preset: str = "whole",
+    skip_overlength: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> tuple[list[Example], TruncationReport]:
-    """Tokenise records, drop those with nothing to learn, and count what was cut.
+) -> tuple[Examples, TruncationReport]:
+    """Tokenise records and count what was cut.
 
     Args:
         tokenizer: The model's tokenizer.
         records: What to tokenise.
         limits: Where to cut.
         loss_on: See `make_example`.
+        preset: See `make_example`.
+        skip_overlength: Leave out records that are too long instead of cutting them.
         progress: Called with the number of records done.
 
     Returns:
         The examples and the report.
 
     Raises:
-        DataError: If a record has no form in this model's template, or nothing is left to learn from.
+        DataError: If records have no form in this model's template or nothing to learn, or none is left.
     """
-    examples: list[Example] = []
-    cut_prompts = cut_answers = dropped = 0
+    made: list[Example] = []
+    all_cuts: list[Cuts] = []
+    problems: list[str] = []
+    skipped = 0
     for number, record in enumerate(records, start=1):
-        try:
-            example, cut_prompt, cut_answer = make_example(tokenizer, record, limits, loss_on=loss_on)
-        except (UsageError, TokenizerError) as error:
-            raise DataError(f"{record.where}: {error.message}", hint=error.hint) from None
-        cut_prompts += cut_prompt
-        cut_answers += cut_answer
-        if example.label_tokens:
-            examples.append(example)
-        else:
-            dropped += 1
+        example, cuts, problem = try_example(
+            tokenizer, record, limits, loss_on=loss_on, preset=preset, skip_overlength=skip_overlength
+        )
+        if problem is not None:
+            problems.append(problem)
+        if cuts is not None:
+            all_cuts.append(cuts)
+        if example is not None:
+            made.append(example)
+        skipped += example is None and problem is None
         if progress is not None:
             progress(number)
-    report = TruncationReport(len(records), cut_prompts, cut_answers, dropped)
-    if not examples:
+    return joined(made, all_cuts, problems, skipped, len(records))
+
+
+def try_example(
+    tokenizer: Any,
+    record: Record,
+    limits: Limits | None,
+    *,
+    loss_on: str = "answers",
+    preset: str = "whole",
+    skip_overlength: bool = False,
+) -> tuple[Example | None, Cuts | None, str | None]:
+    """Tokenise a record of many.
+
+    Args:
+        tokenizer: See `make_examples`, like the others.
+        record: The record.
+        limits: Where to cut.
+        loss_on: What is learnt.
+        preset: How to cut.
+        skip_overlength: Leave it out instead of cutting it.
+
+    Returns:
+        The example, unless it is left out; what was cut; what is wrong with it, with its place.
+    """
+    try:
+        example, cuts = make_example(tokenizer, record, limits, loss_on=loss_on, preset=preset)
+    except DataError as error:
+        return (None, None, None) if skip_overlength else (None, None, error.message)
+    except (UsageError, TokenizerError) as error:
+        return None, None, f"{record.where}: {error.message}"
+    if skip_overlength and cuts:
+        return None, cuts, None
+    if not example.label_tokens or (record.messages and not record.answer.strip() and not record.messages[-1].metadata):
+        return None, cuts, f"{record.where}: there is nothing to learn in it" + (", it was cut" if cuts else "")
+    return example, cuts, None
+
+
+def joined(
+    examples: Iterable[Example], cuts: Sequence[Cuts], problems: Sequence[str], skipped: int, records: int
+) -> tuple[Examples, TruncationReport]:
+    """Join what was made of many records.
+
+    Args:
+        examples: The examples.
+        cuts: What was cut, of each record that has a form.
+        problems: What is wrong with records.
+        skipped: Records that were left out.
+        records: How many there are.
+
+    Returns:
+        The examples and the report.
+
+    Raises:
+        DataError: If there are problems, or no examples.
+    """
+    if problems:
+        shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
         raise DataError(
-            f"nothing is left to learn from: {report}", hint="raise the length limits or check 'loss' in the data"
+            f"{len(problems)} of {records} records cannot be learnt:\n{shown}",
+            hint="correct them or take them out; an answer needs text, and a limit must leave some of it",
         )
-    return examples, report
+    kept = Examples(examples)
+    report = measured(cuts, records=records, skipped=skipped, tokens=kept.lengths, label_tokens=kept.label_tokens)
+    if not kept:
+        raise DataError(f"nothing is left to learn from: {report}", hint="raise the length limits")
+    return kept, report
 
 
-def fingerprint(examples: Sequence[Example]) -> str:
+def fingerprint(examples: Iterable[Example]) -> str:
     """Return a SHA-256 over ids and labels in order: equal data, template, limits and tokenizer give equal values."""
     digest = hashlib.sha256()
     for example in examples:
@@ -197,7 +314,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
 
     Returns:
         input_ids (B, T) int64 and labels (B, T) int64. No mask: in a causal model no token looks at what comes later,
-        and without one attention takes its fast path.
+        and without one attention takes its fast path; ChatGLM-6B finds mask and positions by its own ids. For GLM
+        (2021) position_ids (B, 2, T) and attention_mask (B,), the columns that are read in both directions.
 
     Raises:
         DataError: If the batch has no label.
@@ -211,7 +329,14 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     for row, (example, length) in enumerate(zip(examples, lengths)):
         input_ids[row, :length] = example.input_ids
         labels[row, :length] = example.labels
-    return {"input_ids": input_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels}
+    if examples[0].position_ids is not None:
+        positions = torch.zeros(len(examples), 2, shape[1], dtype=torch.int64)
+        for row, (example, length) in enumerate(zip(examples, lengths)):
+            assert example.position_ids is not None, "examples of different models"
+            positions[row, :, :length] = example.position_ids
+        batch |= {"position_ids": positions, "attention_mask": torch.tensor([example.sep for example in examples])}
+    return batch
 
 
 def plan_epoch(
@@ -273,37 +398,3 @@ def _cut(
         else:
             last.append(number)
     return batches
-
-
-def _fit_prompt(tokenizer: Any, prompt: tuple[Message, ...], limit: int, where: str) -> tuple[Message, ...]:
-    """Shorten the user's text, in whole characters, until the prompt has at most `limit` tokens."""
-    if len(prompt_ids(tokenizer, prompt)) <= limit:
-        return prompt
-    *before, user = prompt
-    kept, too_many = 0, len(user.content)
-    while kept + 1 < too_many:
-        middle = (kept + too_many) // 2
-        shortened = (*before, replace(user, content=user.content[:middle]))
-        if len(prompt_ids(tokenizer, shortened)) <= limit:
-            kept = middle
-        else:
-            too_many = middle
-    fitted = (*before, replace(user, content=user.content[:kept]))
-    needed = len(prompt_ids(tokenizer, fitted))
-    if needed > limit:
-        raise DataError(
-            f"{where}: the prompt needs {needed} tokens without any text of the user, the limit is {limit}",
-            hint="raise data.max_source_length",
-        )
-    return fitted
-
-
-def _unlearnt_spans(tokenizer: Any, record: Record, messages: tuple[Message, ...]) -> list[tuple[int, int]]:
-    """Find the ids of assistant messages that the record marks as not to be learnt."""
-    spans = []
-    for number, (message, learn) in enumerate(zip(messages, record.loss)):
-        if message.role == "assistant" and not learn:
-            start = len(prompt_ids(tokenizer, messages[:number]))
-            # One more: the id behind an answer, </s> or the next role, is learnt as its end.
-            spans.append((start, start + len(answer_ids(tokenizer, message, last=False)) + 1))
-    return spans

@@ -118,6 +118,17 @@ class Seq2SeqExample:
     context_tokens: int
 
 
+def plain_marks(text: str) -> str:
+    """Writes curly quotes and dashes as ASCII has them, as texts were before training.
+
+    Args:
+        text: Any text.
+    """
+    for found, wanted in _PLAIN_MARKS.items():
+        text = text.replace(found, wanted)
+    return text
+
+
 def clean_summary(task: str, text: str, target: bool = False) -> str:
     """Undoes what the files of summary tasks do to marks, as was done before training.
 
@@ -186,6 +197,19 @@ def encode_seq2seq(
     return Seq2SeqExample(
         torch.tensor([*ids, tokenizer.sop_token_id, *learnt[:-1]]), torch.tensor(labels), positions, len(ids), context
     )
+
+
+def without_filling(example: Seq2SeqExample) -> Seq2SeqExample:
+    """Leaves out the columns that only fill up a source; the model then sees what it sees with the filling hidden.
+
+    Args:
+        example: Any example.
+    """
+    kept = torch.ones(len(example.input_ids), dtype=torch.bool)
+    kept[example.context_tokens : example.sep] = False
+    positions = example.position_ids[:, kept]
+    context = example.context_tokens
+    return Seq2SeqExample(example.input_ids[kept], example.labels[kept], positions, context, context)
 
 
 def collate_seq2seq(

@@ -9,16 +9,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from glmkit.data.blank_infilling import IGNORED, BlankMaker, Sample, collate
 from glmkit.data.corpus import RowStream
-from glmkit.data.examples import Example, fingerprint, plan_epoch
+from glmkit.data.cutting import Limits
+from glmkit.data.examples import Example, Examples, plan_epoch
 from glmkit.data.examples import collate as collate_examples
+from glmkit.data.packing import collate_packed, plan_rows
+from glmkit.data.prepared import Reading
 from glmkit.errors import DataError, UsageError
-from glmkit.train.arguments import TrainBlock
+from glmkit.train.blocks import DataBlock, Recipe, TrainBlock
 
 Place = dict[str, Any]
 """A place in a source: small, and of what JSON can hold."""
@@ -72,21 +75,38 @@ class Source(Protocol):
 
 
 class Records:
-    """Examples in memory, in an order that seed and epoch decide.
+    """Examples in an order that seed and epoch decide.
 
     Args:
         examples: All of them.
         pad_token_id: Fills short rows.
         block: Batch sizes and seed.
+        pack_to: Columns of rows that several examples share; None: an example has a row of its own.
+        mixed: General examples that are mixed in.
+        mix_ratio: How many of those for each example; every pass takes the next ones.
     """
 
-    def __init__(self, examples: Sequence[Example], pad_token_id: int, block: TrainBlock) -> None:
-        self._examples, self._pad, self._block = examples, pad_token_id, block
-        self._lengths = [len(example.input_ids) for example in examples]
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        pad_token_id: int,
+        block: TrainBlock,
+        *,
+        pack_to: int | None = None,
+        mixed: Sequence[Example] = (),
+        mix_ratio: float = 0.0,
+    ) -> None:
+        self._examples, self._mixed = Examples.of(examples), Examples.of(mixed)
+        self._pad, self._block, self._pack_to = pad_token_id, block, pack_to
+        self._mixed_in = round(len(self._examples) * mix_ratio) if self._mixed else 0
+        self._lengths: list[int] = [*self._examples.lengths.tolist(), *self._mixed.lengths.tolist()]
+        self._sizes: dict[tuple[int, int], int] = {}
+        self._turn: tuple[int, list[int]] = (-1, [])
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over all ids and labels."""
-        return fingerprint(self._examples)
+        """Return a SHA-256 over all ids and labels, of what is mixed in too."""
+        own = self._examples.fingerprint()
+        return f"{own} {self._mixed.fingerprint()}" if self._mixed_in else own
 
     def steps(self, epochs: int, batches: int) -> int:
         """Return the number of windows of so many passes.
@@ -95,7 +115,10 @@ class Records:
             epochs: Passes over the examples.
             batches: Most batches of a window.
         """
-        return sum(len(self._plan(epoch, batches)) for epoch in range(epochs))
+        for epoch in range(epochs):
+            if (epoch, batches) not in self._sizes:
+                self._plan(epoch, batches)
+        return sum(self._sizes[epoch, batches] for epoch in range(epochs))
 
     def windows(self, place: Place, batches: int) -> Iterator[Window]:
         """Yield windows, pass after pass.
@@ -109,29 +132,137 @@ class Records:
             for window in self._plan(epoch, batches):
                 number += 1
                 if number > place.get("windows", 0):
-                    yield Window([self.batch(members) for members in window], epoch, {"windows": number})
+                    yield Window([self._batch(rows) for rows in window], epoch, {"windows": number})
             epoch += 1
 
     def batch(self, members: Sequence[int]) -> Batch:
-        """Join examples.
+        """Join examples, a row for each.
 
         Args:
             members: Their numbers.
         """
-        chosen = [self._examples[number] for number in members]
-        return Batch(
-            collate_examples(chosen, self._pad),
-            label_tokens=sum(example.label_tokens for example in chosen),
-            tokens=sum(self._lengths[number] for number in members),
-            where=[example.where for example in chosen],
-        )
+        chosen = [self._example(number) for number in members]
+        return _of(chosen, collate_examples(chosen, self._pad))
 
-    def _plan(self, epoch: int, accumulation: int) -> list[list[list[int]]]:
-        block = self._block
-        sizes = {"batch_size": block.per_device_train_batch_size}
-        if block.tokens_per_batch is not None:
-            sizes = {"tokens_per_batch": block.tokens_per_batch}
-        return plan_epoch(self._lengths, seed=block.seed, epoch=epoch, accumulation=accumulation, **sizes)
+    def filled(self, epoch: int = 0) -> float:
+        """Return the share of the columns of a pass that hold a token, not padding.
+
+        Args:
+            epoch: The pass.
+        """
+        columns = tokens = 0
+        for window in self._plan(epoch, 1):
+            for rows in window:
+                lengths = [sum(self._lengths[number] for number in row) for row in rows]
+                columns += max(lengths) * len(lengths)
+                tokens += sum(lengths)
+        return tokens / columns
+
+    def _example(self, number: int) -> Example:
+        own = len(self._examples)
+        return self._examples[number] if number < own else self._mixed[number - own]
+
+    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        if self._pack_to is None:
+            return self.batch([number for row in rows for number in row])
+        chosen = [[self._example(number) for number in row] for row in rows]
+        return _of([example for row in chosen for example in row], collate_packed(chosen, self._pad))
+
+    def _plan(self, epoch: int, accumulation: int) -> list[list[list[list[int]]]]:
+        """Windows of batches of rows of numbers."""
+        block, members = self._block, self._members(epoch)
+        lengths = [self._lengths[number] for number in members]
+        if self._pack_to is None:
+            sizes = {"batch_size": block.per_device_train_batch_size}
+            if block.tokens_per_batch is not None:
+                sizes = {"tokens_per_batch": block.tokens_per_batch}
+            planned = plan_epoch(lengths, seed=block.seed, epoch=epoch, accumulation=accumulation, **sizes)
+            plan = [[[[members[place]] for place in batch] for batch in window] for window in planned]
+        else:
+            packed = plan_rows(lengths, self._pack_to, seed=block.seed, epoch=epoch)
+            rows = [[members[place] for place in row] for row in packed]
+            size = block.per_device_train_batch_size
+            if block.tokens_per_batch is not None:
+                size = max(1, block.tokens_per_batch // self._pack_to)
+            plan = _grouped(_grouped(rows, size), accumulation)
+        self._sizes[epoch, accumulation] = len(plan)
+        return plan
+
+    def _members(self, epoch: int) -> list[int]:
+        """All examples, and those that are mixed in: the next of endless passes, each in an order of its own."""
+        own = len(self._examples)
+        members = list(range(own))
+        for number in range(epoch * self._mixed_in, (epoch + 1) * self._mixed_in):
+            turn, place = divmod(number, len(self._mixed))
+            members.append(own + self._mixed_order(turn)[place])
+        return members
+
+    def _mixed_order(self, turn: int) -> list[int]:
+        if self._turn[0] != turn:
+            order = list(range(len(self._mixed)))
+            random.Random(f"mixed {self._block.seed} {turn}").shuffle(order)
+            self._turn = (turn, order)
+        return self._turn[1]
+
+
+_T = TypeVar("_T")
+
+
+def _grouped(items: Sequence[_T], size: int) -> list[list[_T]]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _of(examples: Sequence[Example], inputs: dict[str, torch.Tensor]) -> Batch:
+    return Batch(
+        inputs,
+        label_tokens=sum(example.label_tokens for example in examples),
+        tokens=sum(len(example.input_ids) for example in examples),
+        where=[example.where for example in examples],
+    )
+
+
+def reading_of(block: DataBlock, file: str, limit: int | None, context_tokens: int | None = None) -> Reading:
+    """Say how a file of a recipe is read.
+
+    Args:
+        block: The recipe's `data` block.
+        file: One of its files.
+        limit: Use only so many records.
+        context_tokens: Columns that the model has positions for, None if nobody knows.
+    """
+    return Reading(
+        file,
+        format=block.format,
+        prompt_column=block.prompt_column,
+        response_column=block.response_column,
+        history_column=block.history_column,
+        max_records=limit,
+        limits=Limits(block.max_source_length, block.max_target_length, _columns(block, context_tokens)),
+        preset=block.preset,
+        loss_on=block.loss_on,
+        skip_overlength=block.skip_overlength,
+    )
+
+
+def records_of(
+    recipe: Recipe, examples: Examples, mixed: Examples, pad_token_id: int, context_tokens: int | None = None
+) -> Records:
+    """Make the source of a recipe's training windows: packed if it says so, with general records mixed in.
+
+    Args:
+        recipe: The recipe.
+        examples: What is learnt.
+        mixed: Examples of its mix_file; none if it has none.
+        pad_token_id: Fills short rows.
+        context_tokens: Columns that the model has positions for, None if nobody knows.
+    """
+    block = recipe.data
+    pack_to = _columns(block, context_tokens) if block.packing else None
+    return Records(examples, pad_token_id, recipe.train, pack_to=pack_to, mixed=mixed, mix_ratio=block.mix_ratio)
+
+
+def _columns(block: DataBlock, context_tokens: int | None) -> int:
+    return block.max_length if context_tokens is None else min(block.max_length, context_tokens)
 
 
 class Blanks:
