@@ -11,7 +11,7 @@ from zipfile import ZipFile
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src"
 BUILTIN_LIMIT_BYTES = 16_000_000
-REQUIRED = ["glmkit/py.typed", "glmkit/recipes/nano.yaml"]
+REQUIRED = ["glmkit/py.typed", "glmkit/recipes/nano.yaml", "glmkit/recipes/deepspeed_zero2.json"]
 if (SOURCE / "glmkit" / "builtin" / "glm-nano").exists():
     REQUIRED += [f"glmkit/builtin/glm-nano/{name}" for name in ("config.json", "model.safetensors", "tokenizer.model")]
 
