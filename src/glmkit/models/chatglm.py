@@ -42,7 +42,8 @@ from glmkit import hf
 from glmkit.errors import UsageError
 from glmkit.models.chatglm_config import ChatGLMConfig
 from glmkit.models.language_model import LanguageModelHead, either
-from glmkit.models.layers import ATTENTION, rotate_halves
+from glmkit.models.layers import ATTENTION, LayerNorm, rotate_halves
+from glmkit.models.prefix_encoder import Prefix, PrefixEncoder, PrefixPart, PrefixTuned
 from glmkit.models.prefix_lm import (
     PrefixLayout,
     attention_mask,
@@ -58,7 +59,6 @@ from glmkit.models.prefix_lm import (
 _ALPHA = 56**0.5
 
 Rotary = list[tuple[Tensor, Tensor]]  # cos and sin for each row of positions, (B, T, D/4); for a single one (B, T, D/2)
-Prefix = tuple[Tensor, Tensor]  # keys and values, each (B, H, P, D)
 Mask = tuple[Tensor | None, Tensor | None]  # what `prefix_lm.attention_mask` gives
 
 
@@ -110,41 +110,15 @@ class Block(hf.GradientCheckpointingLayer):
 
     def __init__(self, config: ChatGLMConfig, layer_index: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.input_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon)
         self.attention = SelfAttention(config, layer_index)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, mask: Mask, rotary: Rotary, cache: hf.Cache | None, prefix: Prefix | None) -> Tensor:
         a = self.input_layernorm(x)
         m = self.post_attention_layernorm(_ALPHA * a + self.attention(a, mask, rotary, cache, prefix))
         return _ALPHA * m + self.mlp(m)
-
-
-class PrefixEncoder(nn.Module):
-    """P-Tuning v2: learned keys and values in front of every layer's own (Liu et al. 2021, arXiv:2110.07602).
-
-    A row of the table is laid out layer by layer, key before value: view (P, 2 * num_layers, H, D). With a projection
-    the table is as wide as the model, and two layers widen it.
-    """
-
-    def __init__(self, config: ChatGLMConfig, length: int) -> None:
-        super().__init__()
-        self.shape = (length, 2 * config.num_layers, config.num_attention_heads, config.head_dim)
-        row, hidden = 2 * config.num_layers * config.hidden_size, config.hidden_size
-        self.embedding = nn.Embedding(length, hidden if config.prefix_projection else row)
-        self.trans = (
-            nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), nn.Linear(hidden, row))
-            if config.prefix_projection
-            else None
-        )
-
-    def forward(self, batch: int) -> list[Prefix]:
-        """Returns one (keys, values) per layer, each (B, H, P, D); dropout 0.1 while training, as official."""
-        rows = self.embedding.weight if self.trans is None else self.trans(self.embedding.weight)
-        columns = rows.view(self.shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
-        columns = F.dropout(columns, 0.1, self.training)  # (2L, B, H, P, D)
-        return list(zip(columns[0::2], columns[1::2]))
 
 
 class ChatGLMPreTrainedModel(hf.PreTrainedModel):
@@ -165,7 +139,9 @@ class ChatGLMPreTrainedModel(hf.PreTrainedModel):
         super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, PrefixPart):
+            module.reset_parameters()
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -174,24 +150,28 @@ class ChatGLMPreTrainedModel(hf.PreTrainedModel):
             nn.init.zeros_(module.bias)
 
 
-class ChatGLMModel(ChatGLMPreTrainedModel):
+class ChatGLMModel(PrefixTuned, ChatGLMPreTrainedModel):
     """The network up to the final norm."""
 
     def __init__(self, config: ChatGLMConfig) -> None:
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layernorm_epsilon)
+        self.final_layernorm = LayerNorm(config.hidden_size, config.layernorm_epsilon)
         if config.pre_seq_len:
-            self.prefix_encoder = PrefixEncoder(config, config.pre_seq_len)
+            self.prefix_encoder = self.new_prefix()
             self.freeze_all_but_prefix()
         self.gradient_checkpointing = False
         self.post_init()
 
-    def freeze_all_but_prefix(self) -> None:
-        """P-Tuning trains the prefix alone."""
-        self.requires_grad_(False)
-        self.prefix_encoder.requires_grad_(True)
+    def new_prefix(self) -> PrefixEncoder:
+        """A prefix encoder with new values; projected, its table is as wide as the model."""
+        config = self.config
+        assert config.pre_seq_len is not None
+        projection = (config.hidden_size, config.hidden_size) if config.prefix_projection else None
+        return PrefixEncoder(
+            config.pre_seq_len, config.num_layers, config.num_attention_heads, config.head_dim, projection
+        )
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.word_embeddings
@@ -241,8 +221,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             use_cache = self.config.use_cache and not self.training
         if past_key_values is None and use_cache and not checkpointing:
             past_key_values = hf.DynamicCache(config=self.config)
-        encoder = getattr(self, "prefix_encoder", None)
-        prefixes: list[Any] = [None] * self.config.num_layers if encoder is None else encoder(x.shape[0])
+        prefixes = self.prefixes(x.shape[0], x.dtype)
         seen, position_ids = self._seen_and_positions(input_ids, x, attention_mask, position_ids, past_key_values)
         mask = self._mask(seen, x.dtype)
         rotary = self.rotary(position_ids, x.dtype)

@@ -36,9 +36,9 @@ from glmkit import hf
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.language_model import LanguageModelHead, either
 from glmkit.models.layers import ATTENTION, RMSNorm, rotary_angles, rotate_pairs
+from glmkit.models.prefix_encoder import Prefix, PrefixEncoder, PrefixPart, PrefixTuned
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, each (B, T, D/4)
-Prefix = tuple[Tensor, Tensor]  # keys and values, each (B, K, P, D)
 
 
 class SelfAttention(nn.Module):
@@ -118,31 +118,6 @@ class Encoder(nn.Module):
         self.final_layernorm = RMSNorm(config.hidden_size, config.layernorm_epsilon)
 
 
-class PrefixEncoder(nn.Module):
-    """P-Tuning v2: learned keys and values in front of every layer's own (Liu et al. 2021, arXiv:2110.07602).
-
-    A row of the table is laid out layer by layer, key before value: view (P, 2 * num_layers, K, D).
-    """
-
-    def __init__(self, config: ChatGLM2Config, length: int) -> None:
-        super().__init__()
-        self.shape = (length, 2 * config.num_layers, config.multi_query_group_num, config.kv_channels)
-        row = self.shape[1] * self.shape[2] * self.shape[3]
-        self.embedding = nn.Embedding(length, row)
-        self.trans = (
-            nn.Sequential(nn.Linear(row, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, row))
-            if config.prefix_projection
-            else None
-        )
-
-    def forward(self, batch: int) -> list[Prefix]:
-        """Returns one (keys, values) per layer, each (B, K, P, D); dropout 0.1 while training, as official."""
-        rows = self.embedding.weight if self.trans is None else self.trans(self.embedding.weight)
-        columns = rows.view(self.shape).permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
-        columns = F.dropout(columns, 0.1, self.training)  # (2L, B, K, P, D)
-        return list(zip(columns[0::2], columns[1::2]))
-
-
 class ChatGLM2PreTrainedModel(hf.PreTrainedModel):
     """What transformers needs to know about the network."""
 
@@ -162,7 +137,9 @@ class ChatGLM2PreTrainedModel(hf.PreTrainedModel):
         super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, PrefixPart):
+            module.reset_parameters()
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -170,7 +147,7 @@ class ChatGLM2PreTrainedModel(hf.PreTrainedModel):
             nn.init.ones_(module.weight)
 
 
-class ChatGLM2Model(ChatGLM2PreTrainedModel):
+class ChatGLM2Model(PrefixTuned, ChatGLM2PreTrainedModel):
     """The network up to the final norm; it also holds `output_layer`, as the official class does."""
 
     def __init__(self, config: ChatGLM2Config) -> None:
@@ -179,15 +156,17 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         self.encoder = Encoder(config)
         self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         if config.pre_seq_len:
-            self.prefix_encoder = PrefixEncoder(config, config.pre_seq_len)
+            self.prefix_encoder = self.new_prefix()
             self.freeze_all_but_prefix()
         self.gradient_checkpointing = False
         self.post_init()
 
-    def freeze_all_but_prefix(self) -> None:
-        """P-Tuning trains the prefix alone."""
-        self.requires_grad_(False)
-        self.prefix_encoder.requires_grad_(True)
+    def new_prefix(self) -> PrefixEncoder:
+        """A prefix encoder with new values; projected, its table is as wide as a row of values."""
+        config, heads, width = self.config, self.config.multi_query_group_num, self.config.kv_channels
+        assert config.pre_seq_len is not None
+        projection = (2 * config.num_layers * heads * width, config.hidden_size) if config.prefix_projection else None
+        return PrefixEncoder(config.pre_seq_len, config.num_layers, heads, width, projection)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.word_embeddings
@@ -211,7 +190,8 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, S) 1 for tokens, 0 for padding. None: no padding.
+            attention_mask: (B, S) 1 for tokens, 0 for padding. None: no padding. (B, 1, T, S) bool, True where a column
+                is seen: taken as it is, and nothing else hides columns then.
             position_ids: (B, T). None: counted from the length of the cache, padding included.
             past_key_values: Keys and values of earlier tokens; it is extended in place.
             inputs_embeds: (B, T, C) instead of input_ids.
@@ -233,8 +213,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         if position_ids is None:
             start = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + start).unsqueeze(0)
-        encoder = getattr(self, "prefix_encoder", None)
-        prefixes: list[Any] = [None] * self.config.num_layers if encoder is None else encoder(x.shape[0])
+        prefixes = self.prefixes(x.shape[0], x.dtype)
         mask = self.attention_mask(x, attention_mask, past_key_values)
         rotary = self.rotary(position_ids, x.dtype)
         keeps_states = either(output_hidden_states, self.config.output_hidden_states)
@@ -264,6 +243,9 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         mask = hf.create_causal_mask(self.config, x, attention_mask, cache, allow_is_causal_skip=columns == 0)
         if mask is None:
             return None
+        if mask.dtype == torch.bool and self.config._attn_implementation == "eager":  # a mask of packed rows, as given
+            blocked = torch.finfo(torch.float32).min
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, blocked)
         visible = 1 if mask.dtype == torch.bool else 0
         if columns:
             return torch.cat((mask.new_full((*mask.shape[:3], columns), visible), mask), dim=-1)  # (B, 1, T, P+S)

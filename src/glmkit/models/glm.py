@@ -20,6 +20,7 @@ from glmkit import hf
 from glmkit.errors import UsageError
 from glmkit.models.glm_config import GLMConfig
 from glmkit.models.glm_network import GLMModel, GLMOutput, GLMPreTrainedModel
+from glmkit.models.glm_scoring import cloze_loss, cloze_scores
 from glmkit.models.language_model import divided, either, kept, summed_loss
 from glmkit.models.prefix_lm import PrefixLayout
 
@@ -36,6 +37,9 @@ __all__ = [
 
 class GLMForConditionalGeneration(GLMPreTrainedModel, hf.GenerationMixin):
     """The language model that fills blanks."""
+
+    loss_chunk_tokens: int | None = None
+    """Most positions whose logits exist at once while a loss is computed; None: all of them."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__(config)
@@ -81,7 +85,7 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, hf.GenerationMixin):
             output_predict=False,
         )
         hidden = output.last_hidden_states
-        loss = None if labels is None else summed_loss(self.glm.logits, hidden, labels)
+        loss = None if labels is None else summed_loss(self.glm.logits, hidden, labels, self.loss_chunk_tokens)
         result = GLMOutput(
             loss=None if loss is None else divided(loss, num_items_in_batch),
             logits=self.glm.logits(kept(hidden, logits_to_keep)),
@@ -113,7 +117,7 @@ class GLMForConditionalGeneration(GLMPreTrainedModel, hf.GenerationMixin):
         output = self.glm(
             input_ids, position_ids, attention_mask, use_cache=False, return_dict=True, output_predict=False
         )
-        return summed_loss(self.glm.logits, output.last_hidden_states, labels)
+        return summed_loss(self.glm.logits, output.last_hidden_states, labels, self.loss_chunk_tokens)
 
     def input_layout(self, ids: Tensor, pads: Tensor) -> PrefixLayout:
         """Masks and positions of prompts for the decode loop: a prompt is read whole, in both directions.
@@ -212,6 +216,67 @@ class GLMForMultipleChoice(GLMPreTrainedModel):
         super().__init__(config)
         self.glm = GLMModel(config)
         self.post_init()
+
+    @classmethod
+    def around(cls, model: Any) -> GLMForMultipleChoice:
+        """Makes this head around the network of another; nothing is copied.
+
+        Args:
+            model: Any head of GLM.
+        """
+        with torch.device("meta"):
+            head = cls(model.config)
+        head.glm = model.glm
+        return head.train(model.training)
+
+    def label_loss(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        sep: Tensor,
+        target_ids: Tensor,
+        logit_mask: Tensor,
+        labels: Tensor,
+        choice_mask: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Summed cross entropy over the answers of each example: the training loss of cloze tasks.
+
+        Args:
+            input_ids: (B, T) int64 where answers are single words, else (B, C, T), like the others of
+                `glmkit.data.cloze.collate_cloze`.
+            position_ids: (B, 2, T) or (B, C, 2, T).
+            sep: (B) or (B, C), length of the text.
+            target_ids: (B, W) or (B, C, T).
+            logit_mask: (B, T) or (B, C, T), 1 where an answer is predicted.
+            labels: (B), which answer is right.
+            choice_mask: (B, C), 0 for rows that only fill up.
+
+        Returns:
+            The sum over all examples (float32 scalar) and their number.
+        """
+        scores = self.choice_scores(input_ids, position_ids, sep, target_ids, logit_mask, choice_mask)
+        return cloze_loss(scores, labels) * len(labels), len(labels)
+
+    def choice_scores(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        sep: Tensor,
+        target_ids: Tensor,
+        logit_mask: Tensor,
+        choice_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Scores the answers of encoded examples.
+
+        Args:
+            (all): As in `label_loss`.
+
+        Returns:
+            (B, C) or (B, W) float32; the highest is the model's choice.
+        """
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "sep": sep, "target_ids": target_ids}
+        batch["logit_mask"] = logit_mask
+        return cloze_scores(self, batch if choice_mask is None else batch | {"choice_mask": choice_mask})
 
     def forward(
         self,

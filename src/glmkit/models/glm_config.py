@@ -40,6 +40,8 @@ class GLMConfig(CheckedConfig):
         mask_token_ids: Ids of [MASK], [gMASK] and [sMASK]; None: not known. Only the decode loop asks for it.
         sop_token_id: Id of <|startofpiece|>; likewise.
         quantization_bit: 4 or 8 for weights in the official row-wise format, 0 for none.
+        pre_seq_len: Number of P-Tuning columns, None for none.
+        prefix_projection: Whether the prefix goes through two layers.
         (others): Fields without numerical role, or with one released value.
 
     Raises:
@@ -69,7 +71,12 @@ class GLMConfig(CheckedConfig):
         "pool_token": "cls",
         "tie_word_embeddings": True,
     }
-    dropped_if_none: ClassVar[tuple[str, ...]] = ("classifier_dropout", "mask_token_ids", "sop_token_id")
+    dropped_if_none: ClassVar[tuple[str, ...]] = (
+        "classifier_dropout",
+        "mask_token_ids",
+        "sop_token_id",
+        "pre_seq_len",
+    )
 
     num_layers: int = 24
     vocab_size: int = 30_592
@@ -95,6 +102,8 @@ class GLMConfig(CheckedConfig):
     mask_token_ids: list[int] | None = None
     sop_token_id: int | None = None
     quantization_bit: int = 0
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
 

@@ -26,6 +26,9 @@ how far it is into the filling, 1 for sop, 0 in part A.
 Earlier tokens come in one of two forms, with the same logits. `mems`, the official one, are L + 1 residual streams
 before any norm, from which keys and values are computed anew; `past_key_values` are the keys and values themselves.
 
+A learned prefix (P-Tuning v2) may stand in front of all keys and values, as in ChatGLM-6B; the release has none, so its
+layout here is ours. Every token sees it, those of a row that sees nothing else too.
+
 Modules and parameters carry the official names, so loading and saving rename nothing. The plain release is `GLMModel`.
 
 Source: GLM, Du et al. 2022 (arXiv:2103.10360); modeling_glm.py of the Hugging Face folders and of THUDM/GLM.
@@ -47,7 +50,8 @@ from glmkit import hf
 from glmkit.errors import UsageError
 from glmkit.models.glm_config import GLMConfig
 from glmkit.models.language_model import either
-from glmkit.models.layers import ATTENTION
+from glmkit.models.layers import ATTENTION, LayerNorm
+from glmkit.models.prefix_encoder import Prefix, PrefixEncoder, PrefixPart, PrefixTuned
 from glmkit.models.prefix_lm import attention_mask as mask_for_attention
 
 Mask = tuple[Tensor | None, Tensor | None]  # who sees whom, and which queries are zero: see `prefix_lm.attention_mask`
@@ -76,8 +80,14 @@ class GLMOutput(hf.ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class ResidualLinear(nn.Linear):
-    """A linear layer whose product is added to the residual stream; new weights of it are smaller, nothing else."""
+def residual_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer whose product is added to the residual stream; new weights of it are smaller, nothing else.
+
+    It is no class of its own, because tools that quantise take layers of torch's own class only.
+    """
+    layer = nn.Linear(inputs, outputs)
+    layer.feeds_residual = True  # type: ignore[assignment]
+    return layer
 
 
 class SelfAttention(nn.Module):
@@ -87,18 +97,23 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer_index, self.width = layer_index, config.head_dim
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = ResidualLinear(config.hidden_size, config.hidden_size)
+        self.dense = residual_linear(config.hidden_size, config.hidden_size)
         self.attention_dropout = config.attention_dropout_prob
         self.output_dropout = nn.Dropout(config.output_dropout_prob)
         self.attend = ATTENTION[config._attn_implementation or "sdpa"]
 
-    def forward(self, x: Tensor, tokens: int, mask: Mask, cache: hf.Cache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: int, mask: Mask, cache: hf.Cache | None, prefix: Prefix | None = None
+    ) -> Tensor:
         """Attends from the last `tokens` columns of x (B, M+T or T, C) to all of them and to the cache."""
         parts = self.query_key_value(x).chunk(3, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.width)).transpose(1, 2) for part in parts)  # (B, H, M+T, D) each
         q = q[:, :, -tokens:]  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)  # (B, H, S, D)
+        if prefix is not None:  # in front of all tokens, never in the cache
+            k = torch.cat((prefix[0].to(k.dtype), k), dim=2)  # (B, H, P+S, D)
+            v = torch.cat((prefix[1].to(v.dtype), v), dim=2)
         seen, silent = mask
         if silent is not None:
             q = q.masked_fill(silent, 0.0)
@@ -112,7 +127,7 @@ class MLP(nn.Module):
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = ResidualLinear(config.intermediate_size, config.hidden_size)
+        self.dense_4h_to_h = residual_linear(config.intermediate_size, config.hidden_size)
         self.approximation = "tanh" if config.gelu == "tanh" else "none"
         self.dropout = nn.Dropout(config.output_dropout_prob)
 
@@ -125,15 +140,17 @@ class Block(hf.GradientCheckpointingLayer):
 
     def __init__(self, config: GLMConfig, layer_index: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.input_layernorm = LayerNorm(config.hidden_size, eps=1e-5)
         self.attention = SelfAttention(config, layer_index)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Mask, memory: Tensor | None, cache: hf.Cache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Mask, memory: Tensor | None, cache: hf.Cache | None, prefix: Prefix | None
+    ) -> Tensor:
         """Args: x (B, T, C), memory (B, M, C) of the same place in the residual stream, or None."""
         seen = x if memory is None else torch.cat((memory.to(x.dtype), x), dim=1)
-        x = x + self.attention(self.input_layernorm(seen), x.shape[1], mask, cache)
+        x = x + self.attention(self.input_layernorm(seen), x.shape[1], mask, cache, prefix)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -147,7 +164,7 @@ class Stack(nn.Module):
         self.block_position_embeddings = nn.Embedding(rows, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout_prob)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=1e-5)
+        self.final_layernorm = LayerNorm(config.hidden_size, eps=1e-5)
 
     def forward(
         self,
@@ -156,6 +173,7 @@ class Stack(nn.Module):
         mask: Mask,
         mems: Sequence[Tensor] | None,
         cache: hf.Cache | None,
+        prefixes: Sequence[Prefix | None],
         keeps_states: bool,
     ) -> tuple[Tensor, list[Tensor]]:
         """Returns the normed output (B, T, C) and, if kept, L + 1 residual streams (B, T, C)."""
@@ -163,8 +181,8 @@ class Stack(nn.Module):
         x = words + self.position_embeddings(where) + self.block_position_embeddings(how_far)
         x = self.embedding_dropout(x)
         states = [x] if keeps_states else []
-        for index, block in enumerate(self.layers):
-            x = block(x, mask, None if mems is None else mems[index], cache)
+        for index, (block, prefix) in enumerate(zip(self.layers, prefixes)):
+            x = block(x, mask, None if mems is None else mems[index], cache, prefix)
             if keeps_states:
                 states.append(x)
         return self.final_layernorm(x), states
@@ -191,8 +209,10 @@ class GLMPreTrainedModel(hf.PreTrainedModel):
 
         transformers asks only for modules that have parameters of their own, so a block cannot do this for its parts.
         """
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            less = (2 * self.config.num_layers) ** 0.5 if isinstance(module, ResidualLinear) else 1.0
+        if isinstance(module, PrefixPart):
+            module.reset_parameters()
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            less = (2 * self.config.num_layers) ** 0.5 if hasattr(module, "feeds_residual") else 1.0
             nn.init.normal_(module.weight, std=self.config.initializer_range / less)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -201,15 +221,27 @@ class GLMPreTrainedModel(hf.PreTrainedModel):
             nn.init.zeros_(module.bias)
 
 
-class GLMModel(GLMPreTrainedModel):
+class GLMModel(PrefixTuned, GLMPreTrainedModel):
     """The network. With `output_predict` in the config it gives logits too; the plain release is of this class."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__(config)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.transformer = Stack(config)
+        if config.pre_seq_len:
+            self.prefix_encoder = self.new_prefix()
+            self.freeze_all_but_prefix()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def new_prefix(self) -> PrefixEncoder:
+        """A prefix encoder with new values, of the same form as ChatGLM-6B's."""
+        config = self.config
+        assert config.pre_seq_len is not None
+        projection = (config.hidden_size, config.hidden_size) if config.prefix_projection else None
+        return PrefixEncoder(
+            config.pre_seq_len, config.num_layers, config.num_attention_heads, config.head_dim, projection
+        )
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.word_embeddings
@@ -266,12 +298,14 @@ class GLMModel(GLMPreTrainedModel):
         _check_positions(position_ids, input_ids, self.config.max_sequence_length)
         returns_mems = use_cache is not False and past_key_values is None
         keeps_states = either(output_hidden_states, self.config.output_hidden_states)
+        words = self.word_embeddings(input_ids)
         hidden, states = self.transformer(
-            self.word_embeddings(input_ids),
+            words,
             position_ids,
             self._mask(input_ids, attention_mask, mems[0].shape[1] if mems is not None else cached, past_key_values),
             mems,
             past_key_values,
+            self.prefixes(len(words), words.dtype),
             keeps_states or returns_mems,
         )
         predicts = self.config.output_predict if output_predict is None else output_predict
@@ -291,9 +325,9 @@ class GLMModel(GLMPreTrainedModel):
     def _mask(self, ids: Tensor, given: Tensor | int | None, memory: int, cache: hf.Cache | None) -> Mask:
         """See `forward` for what is taken; columns of a cache that are not filled yet are never seen."""
         B, T = ids.shape
-        columns = memory + T
+        columns, prefix = memory + T, self.config.pre_seq_len or 0
         room = cache.get_mask_sizes(T, 0)[0] if cache is not None else columns
-        if given is None and room == T:
+        if given is None and room == T and not prefix:
             return None, None
         given = torch.as_tensor(0 if given is None else given, device=ids.device)
         if given.numel() in (1, B):
@@ -306,7 +340,7 @@ class GLMModel(GLMPreTrainedModel):
                     f" rows, or ({B}, {columns}), or ({B}, 1, {T}, {columns})"
                 )
             seen = (seen[..., -columns:] == 1).expand(-1, -1, T, -1)
-        seen = F.pad(seen, (0, room - columns))
+        seen = F.pad(F.pad(seen, (0, room - columns)), (prefix, 0), value=True)  # everybody sees the prefix
         eager = self.config._attn_implementation == "eager"
         return mask_for_attention(seen, torch.float32, eager)
 

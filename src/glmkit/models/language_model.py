@@ -3,7 +3,8 @@
     hidden (B, T, C) -> the positions asked for -> logits (B, T or kept, V)
                      -> the positions with a target -> logits in float32 -> summed cross entropy
 
-Logits of all positions are the largest tensor of a training step, so the loss computes them where a target is, only.
+Logits of all positions are the largest tensor of a training step, so the loss computes them where a target is, only;
+and, where memory asks for it, for some of these at a time, which computes them twice.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from glmkit import hf
 
@@ -27,6 +30,8 @@ class LanguageModelHead:
 
     config: Any
     transformer: Any
+    loss_chunk_tokens: int | None = None
+    """Most positions whose logits exist at once while a loss is computed; None: all of them."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) after the final norm -> (..., V)."""
@@ -85,7 +90,7 @@ class LanguageModelHead:
         return self._summed_loss(output.last_hidden_state, labels)
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        return summed_loss(self.logits, hidden[:, :-1], labels[:, 1:])
+        return summed_loss(self.logits, hidden[:, :-1], labels[:, 1:], self.loss_chunk_tokens)
 
 
 def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
@@ -101,20 +106,33 @@ def kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep]
 
 
-def summed_loss(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+def summed_loss(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_tokens: int | None = None
+) -> tuple[Tensor, int]:
     """Cross entropy of the positions that have a target.
 
     Args:
         logits: Makes logits (N, V) of hidden states (N, C).
         hidden: (B, T, C).
         targets: (B, T), what each position is to predict; -100 is no target.
+        chunk_tokens: Most positions whose logits exist at once; they are computed again in the backward pass. None:
+            all positions.
 
     Returns:
         The sum over all targets (float32 scalar) and their number.
     """
+
+    def loss(states: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(logits(states).float(), wanted, reduction="sum")
+
     targets = targets.to(hidden.device)
     chosen = targets != NO_TARGET
-    return F.cross_entropy(logits(hidden[chosen]).float(), targets[chosen], reduction="sum"), int(chosen.sum())
+    states, wanted = hidden[chosen], targets[chosen]  # (N, C), (N,)
+    if chunk_tokens is None or len(wanted) <= chunk_tokens:
+        return loss(states, wanted), len(wanted)
+    parts = zip(states.split(chunk_tokens), wanted.split(chunk_tokens))
+    losses = [checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.stack(losses).sum(), len(wanted)
 
 
 def divided(loss: tuple[Tensor, int], num_items_in_batch: Tensor | int | None) -> Tensor:

@@ -31,6 +31,16 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, which also takes vectors of another dtype than its weights have: autocast may give these to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
 def rotary_angles(positions: Tensor, rotated: int, base: float, position_scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary angles, always computed in float32.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from glmkit.errors import UsageError
@@ -88,10 +89,34 @@ class OfficialQuantizedLinear(nn.Module):
         return dequantize_rows(self.weight, self.weight_scale.to(self.scale_dtype), self.bits)
 
     def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        if torch.is_grad_enabled() and x.requires_grad:
+            result: Tensor = _FrozenProduct.apply(x, self)
+            return result
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`W x + b` in the dtype of x."""
         return F.linear(x, self.dequantize().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A layer's product, whose weight is made for it and again for the gradient of its input, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: OfficialQuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
 
 
 class OfficialQuantizedEmbedding(nn.Module):

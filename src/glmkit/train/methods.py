@@ -1,37 +1,50 @@
 """Training methods: which parameters learn, and how what was learnt is written and read again.
 
-A method knows nothing of the loop, and the loop nothing of the method beyond these functions.
+    full         every parameter                                  a whole model folder
+    freeze       the last blocks                                  a whole model folder
+    lora         matrices beside linear layers, see lora.py       a folder of PEFT
+    ptuning_v2   keys and values in front of every layer's own    a checkpoint of the official P-Tuning scripts
+
+What learns is float32, whatever the rest of the model is. A method knows nothing of the loop, and the loop nothing of
+the method beyond these functions.
 """
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from glmkit.errors import MissingDependencyError, TrainingError, UsageError
+from glmkit.adapters import Prefix, open_adapter, read_adapter
+from glmkit.errors import TrainingError, UsageError
+from glmkit.models.prefix_encoder import PrefixTuned
 from glmkit.train.arguments import MethodBlock
+from glmkit.train.lora import LoraMethod
+
+__all__ = ["FreezeMethod", "FullMethod", "LoraMethod", "Method", "PTuningMethod", "make_method"]
+
+_OFFICIAL_PREFIX = "transformer.prefix_encoder."  # the name in official checkpoints, of all generations
 
 
 class Method(Protocol):
     """What the loop asks of a method."""
 
     folder_name: str
-    """Name of the result's folder inside the output folder."""
+    """Name of the result's folder inside the output folder: "model" if it is a whole model, else "adapter"."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Set which parameters learn (float32) and return the module to call."""
 
-    def save(
-        self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Write what was learnt."""
+    def save(self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write what was learnt.
+
+        `state` has tensors instead of the model's own, by the names of its parameters: all of them for a whole model,
+        else at least those that learn.
+        """
 
     def restore(self, model: nn.Module, folder: Path) -> None:
         """Read into a prepared model what `save` wrote, exactly."""
@@ -62,17 +75,21 @@ class FullMethod:
         model.requires_grad_(True)
         return model
 
-    def save(
-        self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
+    def save(self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write weights, config and tokenizer.
 
         Args:
             model: What `prepare` returned.
             tokenizer: Its tokenizer.
             folder: An existing folder.
+            state: Tensors instead of the model's own, by the names of its parameters.
         """
-        model.save_pretrained(folder)  # type: ignore[operator]
+        whole: dict[str, Tensor] | None = None
+        if state is not None:
+            whole = {**model.state_dict(), **state}
+            for copy, table in (getattr(model, "_tied_weights_keys", None) or {}).items():
+                whole[copy] = whole[table]
+        model.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
 
     def restore(self, model: nn.Module, folder: Path) -> None:
@@ -85,101 +102,147 @@ class FullMethod:
         Raises:
             TrainingError: If tensors are missing.
         """
-        _copy_into(dict(model.named_parameters()), folder)
+        parameters = dict(model.named_parameters())
+        missing = set(parameters)
+        with torch.no_grad():
+            for name, tensor in _read_tensors(folder):
+                if name in parameters:
+                    parameters[name].copy_(tensor)
+                    missing.discard(name)
+        if missing:
+            raise TrainingError(f"{folder} lacks {len(missing)} tensors, for instance {min(missing)}")
 
     def describe(self) -> str:
         """Say in one line what learns."""
         return "full: all parameters, float32"
 
 
-class LoraMethod:
-    """Low-rank matrices beside frozen linear layers (PEFT); the base stays as it is.
+class FreezeMethod(FullMethod):
+    """The last blocks learn, in float32; the others, the embedding and the output layer stay as they are.
 
     Args:
-        block: Rank, scale, dropout and layers.
+        block: How many blocks.
+    """
+
+    def __init__(self, block: MethodBlock) -> None:
+        self.number = block.num_layer_trainable
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Freeze the model but for its last blocks, which become float32 and take and give the others' dtype.
+
+        Args:
+            model: The loaded model; its parameters are changed in place.
+
+        Returns:
+            The same model.
+
+        Raises:
+            UsageError: If there are fewer blocks, or these are quantised.
+        """
+        blocks = _blocks(model)
+        if self.number > len(blocks):
+            raise UsageError(f"method.num_layer_trainable is {self.number}, the model has {len(blocks)} blocks")
+        learning = blocks[len(blocks) - self.number :]
+        _refuse_quantised(learning)
+        model.requires_grad_(False)
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        for block in learning:
+            block.float().requires_grad_(True)
+            if dtype != torch.float32:
+                block.register_forward_pre_hook(lambda _, inputs: _cast(inputs, torch.float32))
+                block.register_forward_hook(lambda _, inputs, output: _cast(output, dtype))
+        return model
+
+    def describe(self) -> str:
+        """Say in one line what learns."""
+        return f"freeze: the last {self.number} blocks, float32"
+
+
+class PTuningMethod:
+    """P-Tuning v2: a learned prefix in float32 beside a frozen model, quantised or not.
+
+    Args:
+        block: Length of the prefix, and whether it is projected.
     """
 
     folder_name = "adapter"
 
     def __init__(self, block: MethodBlock) -> None:
-        self.block = block
+        self.length, self.projection = block.pre_seq_len, block.prefix_projection
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Freeze the model and put LoRA matrices beside the named layers, in float32.
+        """Freeze the model and give it a new prefix; one of the same form that it has already goes on learning.
 
         Args:
-            model: The loaded model; PEFT wraps its layers in place.
+            model: The loaded model, changed in place.
 
         Returns:
-            The PEFT model around it.
+            The same model.
 
         Raises:
-            MissingDependencyError: If peft is not installed.
-            UsageError: If no layer has one of the names, or the model is quantised.
+            UsageError: If models of its kind have no prefix, or its own is of another form.
         """
-        _refuse_quantised(model)
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ImportError:
-            raise MissingDependencyError("peft", "train") from None
-        names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        unknown = [target for target in self.block.target_modules if target.rpartition(".")[2] not in names]
-        if unknown:
+        network = _network(model)
+        if not isinstance(network, PrefixTuned):
+            raise UsageError(f"{type(model).__name__} has no P-Tuning prefix", hint="method.name=lora")
+        model.requires_grad_(False)
+        if getattr(network, "prefix_encoder", None) is None:
+            network.attach_prefix(self.length, self.projection)
+        own = (network.config.pre_seq_len, network.prefix_encoder.trans is not None)
+        if own != (self.length, self.projection):
             raise UsageError(
-                f"method.target_modules names {', '.join(unknown)}, the model's linear layers are "
-                f"{', '.join(sorted(names))}"
+                f"the model has a prefix of {own[0]} columns {'with' if own[1] else 'without'} projection",
+                hint=f"method.pre_seq_len={own[0]} method.prefix_projection={str(own[1]).lower()}",
             )
-        config = LoraConfig(
-            r=self.block.lora_rank,
-            lora_alpha=self.block.lora_alpha,
-            lora_dropout=self.block.lora_dropout,
-            target_modules=list(self.block.target_modules),
-            task_type="CAUSAL_LM",
-        )
-        with _without_future_warnings():
-            wrapped = get_peft_model(model, config)
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        return wrapped
+        network.prefix_encoder.float().requires_grad_(True)
+        return model
 
-    def save(
-        self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None
-    ) -> None:
-        """Write a PEFT adapter folder.
+    def save(self, model: nn.Module, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write what the official scripts write and read: pytorch_model.bin with the prefix, and config.json.
 
         Args:
             model: What `prepare` returned.
             tokenizer: Not written: the base has it.
             folder: An existing folder.
+            state: Tensors instead of the model's own, by the names of its parameters.
         """
-        # Nothing but adapters was trained, and "auto" would ask the hub whether the vocabulary has grown.
-        with _without_future_warnings():
-            model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+        state = state or {}
+        tensors = {
+            _OFFICIAL_PREFIX + name.rpartition("prefix_encoder.")[2]: state.get(name, parameter).detach().cpu().clone()
+            for name, parameter in model.named_parameters()
+            if "prefix_encoder." in name
+        }
+        torch.save(tensors, folder / "pytorch_model.bin")
+        model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
 
     def restore(self, model: nn.Module, folder: Path) -> None:
-        """Copy the matrices of a folder written by `save` into the model.
+        """Copy the prefix of a folder written by `save`, or by an official script, into the model.
 
         Args:
             model: What `prepare` returned.
             folder: The folder.
 
         Raises:
-            TrainingError: If tensors are missing.
+            CheckpointError: Everything that is wrong with the folder, or it fits another model.
+            TrainingError: If it holds no prefix, or one of another form than the recipe's.
         """
-        named = {
-            name.replace(".default.", "."): parameter
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
-        _copy_into(named, folder)
+        with open_adapter(folder) as opened:
+            learnt = read_adapter(opened, model)
+            if not isinstance(learnt, Prefix):
+                raise TrainingError(f"{folder} holds a LoRA, not a P-Tuning prefix", hint="method.name=lora")
+            found = (learnt.config.pre_seq_len, learnt.config.prefix_projection)
+            if found != (self.length, self.projection):
+                raise TrainingError(
+                    f"{folder} has a prefix of {found[0]} columns {'with' if found[1] else 'without'} projection",
+                    hint=f"method.pre_seq_len={found[0]} method.prefix_projection={str(found[1]).lower()}",
+                )
+            with torch.no_grad():
+                for name, tensor in learnt.read():
+                    model.get_parameter(name).copy_(tensor)
 
     def describe(self) -> str:
         """Say in one line what learns."""
-        block = self.block
-        return f"lora: rank {block.lora_rank}, alpha {block.lora_alpha:g}, dropout {block.lora_dropout}, " + ", ".join(
-            block.target_modules
-        )
+        return f"ptuning_v2: {self.length} prefix columns, {'with' if self.projection else 'without'} projection"
 
 
 def make_method(block: MethodBlock) -> Method:
@@ -191,39 +254,48 @@ def make_method(block: MethodBlock) -> Method:
     Returns:
         The method, not yet prepared.
     """
-    return LoraMethod(block) if block.name == "lora" else FullMethod()
+    makers: dict[str, Callable[[MethodBlock], Method]] = {
+        "full": lambda _: FullMethod(),
+        "freeze": FreezeMethod,
+        "lora": LoraMethod,
+        "ptuning_v2": PTuningMethod,
+    }
+    return makers[block.name](block)
 
 
-def _refuse_quantised(model: nn.Module) -> None:
-    bits = getattr(getattr(model, "config", None), "quantization_bit", 0)
-    if bits:
+def _network(model: Any) -> Any:
+    """The network up to the last norm: under its name in a head, or the model itself."""
+    return getattr(model, getattr(model, "base_model_prefix", ""), model)
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "layers":
+            return module
+    raise UsageError(f"{type(model).__name__} has no blocks", hint="method.name=full")
+
+
+def _refuse_quantised(module: nn.Module) -> None:
+    kinds = {parameter.dtype for parameter in module.parameters() if not parameter.is_floating_point()}
+    if kinds:
+        found = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         raise UsageError(
-            f"this checkpoint is quantised to {bits} bits; training needs its weights in full",
-            hint="load the unquantised checkpoint, for instance chatglm2-6b and not chatglm2-6b-int4",
+            f"what is to learn is quantised (weights in {found}), and whole numbers cannot be changed by little",
+            hint="method.name=lora or ptuning_v2 learn beside it; or load the unquantised checkpoint without quantize",
         )
 
 
-@contextlib.contextmanager
-def _without_future_warnings() -> Iterator[None]:
-    """Keeps back what transformers tells PEFT's authors about names that PEFT uses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """The same with all floating-point tensors in one dtype."""
+    if isinstance(values, Tensor):
+        return values.to(dtype) if values.is_floating_point() else values
+    if isinstance(values, (tuple, list)):
+        return type(values)(_cast(value, dtype) for value in values)
+    return values
 
 
-def _read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 yield name, opened.get_tensor(name)
-
-
-def _copy_into(parameters: dict[str, nn.Parameter], folder: Path) -> None:
-    missing = set(parameters)
-    with torch.no_grad():
-        for name, tensor in _read_tensors(folder):
-            if name in parameters:
-                parameters[name].copy_(tensor)
-                missing.discard(name)
-    if missing:
-        raise TrainingError(f"{folder} lacks {len(missing)} tensors, for instance {min(missing)}")
