@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import Any
 
 import torch
 
-from glmkit import adapters, hf
+from glmkit import hf
+from glmkit.adapters import Adapters, Lora, Prefix, is_adapter_name, open_adapter, read_adapter
 from glmkit.checkpoint import Folder, open_folder
 from glmkit.errors import ConfigError, TokenizerError, UsageError
 from glmkit.families import Family, find_family
@@ -26,6 +28,7 @@ from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
+from glmkit.quant.bitsandbytes import BITS, bitsandbytes
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import is_model_parallel, open_model_parallel
 from glmkit.tokenizers import has_tokenizer, load_tokenizer
@@ -33,11 +36,11 @@ from glmkit.weights import Devices, check_model, load_model
 
 logger = logging.getLogger("glmkit")
 
-_QUANTIZE = {"official-int8": 8, "official-int4": 4}
+_QUANTIZE: dict[str, int | str] = {"official-int8": 8, "official-int4": 4, "bnb-int8": "bnb-int8", "bnb-nf4": "bnb-nf4"}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "half": torch.float16}
 # What a class adds to a released checkpoint, to be trained: prefix encoder and classification heads.
-_UNTRAINED = ("transformer.prefix_encoder.", "classifier_head.", "dense.", "out_proj.")
+_UNTRAINED = ("transformer.prefix_encoder.", "glm.prefix_encoder.", "classifier_head.", "dense.", "out_proj.")
 _GLM130B_TOKENS = {
     "mask_token_id": "[MASK]",
     "gmask_token_id": "[gMASK]",
@@ -70,7 +73,8 @@ class Loaded:
         family: Its row of the families table, None for a model of no known name.
         config: Its config.
         path: The folder it was loaded from.
-        adapter: The adapter's folder, if any.
+        adapter: The adapter's folder, if any; of several their names and folders.
+        adapters: The adapters in the model, and which of them is active; None without any.
     """
 
     model: Any
@@ -78,7 +82,8 @@ class Loaded:
     family: Family | None
     config: CheckedConfig
     path: Path
-    adapter: Path | None = None
+    adapter: Path | dict[str, Path] | None = None
+    adapters: Adapters | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.model, self.tokenizer))
@@ -88,16 +93,58 @@ class Loaded:
         return self.model.device
 
     def chat(self, messages: Any, **options: Any) -> Any:
-        """Answers a question or a list of messages; see `glmkit.chat.conversation.reply_to`."""
+        """Answers a question or a list of messages; see `glmkit.chat.conversation.reply_to`.
+
+        Args:
+            messages: The question or messages.
+            **options: How to answer; and `adapter`, the name of one for this answer, None for the base.
+        """
         from glmkit.chat.conversation import reply_to
 
-        return reply_to(self.model, self._tokenizer(), messages, **options)
+        return reply_to(self._asked(options), self._tokenizer(), messages, **options)
 
     def stream(self, messages: Any, **options: Any) -> Any:
         """Like `chat`, piece by piece; see `glmkit.chat.conversation.stream_reply`."""
         from glmkit.chat.conversation import stream_reply
 
-        return stream_reply(self.model, self._tokenizer(), messages, **options)
+        return stream_reply(self._asked(options), self._tokenizer(), messages, **options)
+
+    def use(self, adapter: str | None) -> None:
+        """Chooses the adapter of everything that does not name one, `model.chat` and `model.generate` among them.
+
+        Args:
+            adapter: Its name; None for the base.
+
+        Raises:
+            UsageError: There is no such adapter.
+        """
+        if adapter is not None or self.adapters is not None:
+            self._with_adapters().choose(adapter)
+
+    def with_adapter(self, adapter: str | None) -> Any:
+        """The model as it is with one adapter, for `stream_reply` and the engine.
+
+        Args:
+            adapter: Its name; None for the base.
+
+        Raises:
+            UsageError: There is no such adapter.
+        """
+        if adapter is None and self.adapters is None:
+            return self.model
+        return self._with_adapters().view(adapter)
+
+    def _asked(self, options: dict[str, Any]) -> Any:
+        """The model for one answer, which keeps its adapter even if another is chosen while it is written."""
+        chosen = None if self.adapters is None else self.adapters.current
+        return self.with_adapter(options.pop("adapter", chosen))
+
+    def _with_adapters(self) -> Adapters:
+        if self.adapters is None:
+            raise UsageError(
+                "this model was loaded without adapters", hint='glmkit.load(BASE, adapter={"NAME": FOLDER})'
+            )
+        return self.adapters
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -110,12 +157,13 @@ class Loaded:
 
 def load(
     path: str | Path,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     dtype: str | torch.dtype = "auto",
     device: Any = "auto",
     quantize: str | None = None,
     *,
     config: Mapping[str, Any] | None = None,
+    adapter_config: Mapping[str, Any] | None = None,
     family: str | None = None,
     revision: str | None = None,
     download: bool = False,
@@ -125,15 +173,19 @@ def load(
 
     Args:
         path: A folder, a family name ("chatglm3-6b", looked up under GLMKIT_MODELS and in the hub cache), or a hub id.
-        adapter: A LoRA folder (PEFT) or a P-Tuning v2 checkpoint; which one it is, and its sizes, are read from it.
+        adapter: A LoRA folder (PEFT, ChatGLM-Tuning) or a P-Tuning v2 checkpoint; which one it is, and its sizes, are
+            read from it. Several by name, {"ads": folder, "poet": folder}, to be chosen for each request; the first
+            is active until `use` or a request names another.
         dtype: "auto", "float32", "bfloat16", "float16" or a torch dtype. "auto" is the checkpoint's own; on a CPU
             float16, which CPUs compute slowly, becomes float32 below 1 GB of weights and bfloat16 above.
         device: "auto" (the accelerator if there is one, else the CPU), "cpu", "cuda:1", "npu" …; several devices
             (["cuda:0", "cuda:1"]), "balanced" for all accelerators, or a table of modules to devices: whole blocks on
             each.
-        quantize: None, "official-int8" or "official-int4" (row-wise, done while loading).
+        quantize: None; "official-int8" or "official-int4", row-wise; "bnb-int8" or "bnb-nf4" of bitsandbytes, if it is
+            installed. Done while loading.
         config: Fields of config.json that the folder does not have. The original model-parallel checkpoints have none
             and do not say the number of heads, which is known for released sizes only: {"num_attention_heads": 16}.
+        adapter_config: Fields of adapter_config.json that an adapter's folder does not have: {"lora_alpha": 16}.
         family: Overrules the folder's own signs, e.g. "chatglm2-6b-32k" for a folder that does not say what it is.
         revision: Branch, tag or commit if the model comes from the hub.
         download: Whether a bare family name may be fetched.
@@ -158,15 +210,9 @@ def load(
         checked = read_config(folder, row, overrule=family is not None)
         row = row or find_family(str(folder.config.get("_name_or_path", "")))
         checked._name_or_path = str(location)  # where PEFT and others look for the base, as after from_pretrained
-        extra = opened.enter_context(adapters.open_adapter(Path(adapter))) if adapter is not None else None
-        prefix = extra if extra is not None and adapters.is_prefix(extra) else None
-        if prefix is not None:
-            adapters.size_prefix(checked, prefix)
-        elif extra is not None and (bits or getattr(checked, "quantization_bit", 0)):
-            raise UsageError(
-                "a LoRA adapter cannot be put on a model in the official quantised format",
-                hint="load both without quantize, or merge the adapter first and quantise the merged model",
-            )
+        paths = name_adapters(adapter)
+        extras = {name: opened.enter_context(open_adapter(path, adapter_config)) for name, path in paths.items()}
+        learnt = _read_adapters(extras, LANGUAGE_MODELS[type(checked)], checked, folder)
         target = choose_devices(device)
         tokenizer = read_tokenizer(folder, checked)
         model = load_model(
@@ -176,11 +222,42 @@ def load(
             choose_dtype(dtype, folder, _first(target)),
             target,
             quantize=bits,
-            prefix=prefix,
         )
-        if extra is not None and prefix is None:
-            adapters.add_lora(model, extra)
-    return Loaded(model, tokenizer, row, checked, location, None if adapter is None else Path(adapter))
+        own = Adapters(model) if paths else None
+        if own is not None:
+            for name, one in learnt.items():
+                own.add(name, one)
+            own.choose(own.names[0])
+    given = paths if isinstance(adapter, Mapping) else next(iter(paths.values()), None)
+    return Loaded(model, tokenizer, row, model.config, location, given, own)
+
+
+def name_adapters(adapter: str | Path | Mapping[str, str | Path] | None) -> dict[str, Path]:
+    """Names and folders of the adapters that were asked for.
+
+    Args:
+        adapter: See `load`; a single folder is called by its own name.
+    """
+    if adapter is None:
+        return {}
+    if isinstance(adapter, Mapping):
+        if not adapter:
+            raise UsageError("adapter={} names no adapter", hint="leave it out, or give {name: folder}")
+        return {name: Path(folder).expanduser() for name, folder in adapter.items()}
+    path = Path(adapter).expanduser()
+    name = re.sub(r"\s", "-", path.absolute().name)
+    return {name if is_adapter_name(name) else "adapter": path}
+
+
+def _read_adapters(
+    opened: Mapping[str, Folder], cls: Any, config: CheckedConfig, base: Folder
+) -> dict[str, Lora | Prefix]:
+    """Finds out what the folders hold, and whether it fits, before the first weight is read."""
+    if not opened:
+        return {}
+    with torch.device("meta"):
+        model = cls(config)
+    return {name: read_adapter(folder, model, base) for name, folder in opened.items()}
 
 
 def open_model(location: Path, config: Mapping[str, Any] | None = None) -> Folder:
@@ -388,14 +465,14 @@ def _accept_synonyms(arguments: dict[str, Any], others: dict[str, Any]) -> dict[
         elif name in _SYNONYMS:
             arguments[_SYNONYMS[name]] = value
         else:
-            known = [*arguments, "config", "family", "revision", "download", *_SYNONYMS]
+            known = [*arguments, "config", "adapter_config", "family", "revision", "download", *_SYNONYMS]
             close = difflib.get_close_matches(name, known, n=1)
             meant = _SYNONYMS.get(close[0], close[0]) if close else None
             raise UsageError(f"load() has no argument {name!r}", hint=f"did you mean {meant}?" if meant else None)
     return arguments
 
 
-def _bits(quantize: str | None) -> int | None:
+def _bits(quantize: str | None) -> int | str | None:
     if quantize is None:
         return None
     if quantize in ("int8", "int4"):
@@ -403,7 +480,9 @@ def _bits(quantize: str | None) -> int | None:
             f"quantize={quantize!r}: our own formats are not in this version", hint=f"use 'official-{quantize}'"
         )
     if quantize not in _QUANTIZE:
-        raise UsageError(f"quantize={quantize!r}", hint="None, 'official-int8' or 'official-int4'")
+        raise UsageError(f"quantize={quantize!r}", hint=f"None, {', '.join(_QUANTIZE)}")
+    if quantize in BITS:
+        bitsandbytes()  # whether it is there should not cost minutes of loading
     return _QUANTIZE[quantize]
 
 
@@ -482,12 +561,17 @@ def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **
             check_model(folder, probe, new=_UNTRAINED)
             model = hf.PreTrainedModel.from_pretrained.__func__(cls, str(location), *args, config=config, **kwargs)
             if getattr(config, "pre_seq_len", None):  # transformers' loader makes every parameter trainable
-                model.transformer.freeze_all_but_prefix()
+                model.base_model.freeze_all_but_prefix()
     return model if device is None else model.to(device)
 
 
 def _load_quantised(folder: Folder, cls: Any, config: CheckedConfig, kwargs: dict[str, Any]) -> Any:
     """Loads a checkpoint in the official quantised format, with the arguments of transformers that matter for it."""
+    if kwargs.get("quantization_config") is not None:
+        raise UsageError(
+            f"the checkpoint is already quantised to {config.quantization_bit} bits",
+            hint="leave out quantization_config, or load the unquantised checkpoint",
+        )
     if kwargs.get("attn_implementation"):
         config._attn_implementation = kwargs["attn_implementation"]
     place = kwargs.get("device_map") or "cpu"
@@ -510,6 +594,7 @@ __all__ = [
     "choose_family",
     "from_pretrained",
     "load",
+    "name_adapters",
     "open_model",
     "read_config",
     "read_tokenizer",

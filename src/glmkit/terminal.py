@@ -163,9 +163,12 @@ def _open_session(request: ChatRequest) -> Session:
     if sys.stderr.isatty():
         notice(f"loading {name} …")
     from glmkit.chat.session import Session
+    from glmkit.chat.transcript import BASE
     from glmkit.loading import load
 
     loaded = load(name, **arguments)
+    if earlier is not None and loaded.adapters is not None and earlier.active in (BASE, *loaded.adapters.names):
+        loaded.use(None if earlier.active == BASE else earlier.active)
     if fills_blanks(loaded):
         if request.prompt is None:
             notice(f"{name} fills blanks: write [MASK] where it shall put words; each text stands alone")
@@ -309,7 +312,7 @@ def _as_json(session: Session, reply: Reply) -> dict[str, Any]:
     return {
         "schema": _SCHEMA,
         "model": session.name,
-        "adapter": None if session.loaded.adapter is None else str(session.loaded.adapter),
+        "adapter": None if session.adapter_folder is None else str(session.adapter_folder),
         "text": reply.text,
         **({"fillings": list(reply.fillings)} if reply.fillings else {}),
         "tool_call": None if call is None else {"name": call.name, "arguments": call.arguments},

@@ -22,6 +22,7 @@ COMMANDS = {
     "/clear": "forget the conversation, not the system prompt (also: clear)",
     "/system": "/system TEXT sets the system prompt, /system off removes it, /system shows it",
     "/set": "/set temperature=0.5 changes a setting, /set temperature=default undoes it, /set shows all",
+    "/adapter": "/adapter NAME lets it answer, /adapter base none; /adapter lists those that are loaded",
     "/stats": "tokens and speed of the last answer",
     "/retry": "answer the last question again",
     "/undo": "take back the last question and its answer",
@@ -79,7 +80,8 @@ class ChatLoop:
     def _greet(self) -> None:
         unanswered = bool(self.session.messages) and self.session.messages[-1].role == "user"
         if self.at_keyboard:
-            notice(f"{self.session.name}. {_KEYS}; /help lists commands")
+            adapter = f" with {self.session.adapter}" if self.session.adapter else ""
+            notice(f"{self.session.name}{adapter}. {_KEYS}; /help lists commands")
             for message in self.session.messages[-2:]:
                 notice(f"  {message.role}: {printable(message.content)[:200]}")
         if unanswered:
@@ -152,6 +154,14 @@ class ChatLoop:
             self.session.set(name.strip(), _value(text.strip()))
         for name, value in self.session.effective().items():
             notice(f"  {name} = {value}")
+
+    def _do_adapter(self, rest: str) -> None:
+        if rest:
+            self.session.use(None if rest in ("base", "none", "off") else rest)
+        adapters = self.session.loaded.adapters
+        for name in ("base", *(adapters.names if adapters is not None else ())):
+            active = name == (self.session.adapter or "base")
+            notice(f"  {'*' if active else ' '} {name}")
 
     def _do_stats(self, rest: str) -> None:
         if self.session.last is None:

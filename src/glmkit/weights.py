@@ -21,6 +21,7 @@ from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm import official_name
 from glmkit.models.glm_network import GLMPreTrainedModel
 from glmkit.placement import check_table, device_of, place_layers, plan_layers
+from glmkit.quant.bitsandbytes import BITS, quantized_linear
 from glmkit.quant.official import OfficialQuantizedLinear, is_quantised_layer, quantize_model, quantize_rows
 
 Devices = Sequence[torch.device | str | int] | Mapping[str, torch.device | str | int] | str
@@ -34,8 +35,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | Devices,
     *,
-    quantize: int | None = None,
-    prefix: Folder | None = None,
+    quantize: int | str | None = None,
 ) -> Any:
     """Builds the model on the meta device and fills it, one tensor in memory at a time.
 
@@ -45,8 +45,8 @@ def load_model(
         config: Its config.
         dtype: Floating dtype of the result (quantised weights and their scales keep theirs).
         device: Where the tensors go; or several devices, or a table of modules to devices, for whole blocks on each.
-        quantize: 4 or 8 to quantise each block's linears as they are read.
-        prefix: An opened P-Tuning checkpoint whose tensors complete the folder's.
+        quantize: 4 or 8 to quantise each block's linears as they are read, in the official format; or the name of one
+            of bitsandbytes, see `glmkit.quant.bitsandbytes`.
 
     Returns:
         The model, in eval mode.
@@ -57,29 +57,27 @@ def load_model(
     """
     stored_bits = getattr(config, "quantization_bit", 0) or 0
     if stored_bits and quantize not in (None, stored_bits):
+        wanted = quantize if isinstance(quantize, str) else f"{quantize} bits"
         raise UsageError(
-            f"the checkpoint is already quantised to {stored_bits} bits, so it cannot become {quantize} bits",
+            f"the checkpoint is already quantised to {stored_bits} bits, so it cannot become {wanted}",
             hint="leave out quantize, or load the unquantised checkpoint",
         )
     with torch.device("meta"):
         model = cls(config)
         if stored_bits:
             quantize_model(model, stored_bits)
-    check_model(folder, model, also_in=prefix)
-    if prefix is not None:
-        check_tensors(prefix, {n: tuple(t.shape) for n, t in model.state_dict().items() if ".prefix_encoder." in n})
+    check_model(folder, model)
     bits = quantize if quantize != stored_bits else None
     places = {"": device} if isinstance(device, torch.device) else _table(model, device, dtype, bits)
-    for source in (folder, prefix) if prefix is not None else (folder,):
-        names = own_names(source, model)
-        for stored, tensor in source.read(names):
-            place = device_of(names[stored], places)
-            assert place is not None
-            _place(model, names[stored], tensor, dtype, place, bits)
+    names = own_names(folder, model)
+    for stored, tensor in folder.read(names):
+        place = device_of(names[stored], places)
+        assert place is not None
+        _place(model, names[stored], tensor, dtype, place, bits)
     for copy, table in _tied(model).items():
         owner, _, leaf = copy.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = model.get_parameter(table)
-    if bits:
+    if isinstance(bits, int):
         model.config.quantization_bit = bits
     if len(set(places.values())) > 1:
         place_layers(model, places)
@@ -87,10 +85,10 @@ def load_model(
     return model.eval()
 
 
-def _table(model: nn.Module, devices: Devices, dtype: torch.dtype, bits: int | None) -> dict[str, torch.device]:
+def _table(model: nn.Module, devices: Devices, dtype: torch.dtype, bits: int | str | None) -> dict[str, torch.device]:
     """Which module goes to which device; a table of the caller's is checked before anything is read."""
     if not isinstance(devices, Mapping):
-        return plan_layers(model, devices, dtype=dtype, quantize=bits)
+        return plan_layers(model, devices, dtype=dtype, quantize=BITS[bits] if isinstance(bits, str) else bits)
     table = {name: torch.device(device) for name, device in devices.items()}
     check_table(model, table)
     return table
@@ -136,13 +134,12 @@ def _is_constant(name: str, model: nn.Module) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = None, new: tuple[str, ...] = ()) -> None:
+def check_model(folder: Folder, model: nn.Module, *, new: tuple[str, ...] = ()) -> None:
     """Compares a folder's tensors with a model's, names and shapes, before anything is read.
 
     Args:
         folder: The opened checkpoint.
         model: The model, best on the meta device.
-        also_in: A second folder whose tensors may complete it.
         new: Beginnings of names that may be missing, because they start untrained.
 
     Raises:
@@ -150,11 +147,10 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
     """
     state, names, tied = model.state_dict(), own_names(folder, model), _tied(model)
     stored_as = {own: stored for stored, own in names.items()}
-    elsewhere = also_in.tensors if also_in is not None else {}
     expected = {
         stored_as.get(name, name): tuple(tensor.shape)
         for name, tensor in state.items()
-        if name not in elsewhere and name not in tied and (name in stored_as or not name.startswith(new))
+        if name not in tied and (name in stored_as or not name.startswith(new))
     }
     # A second copy of a tied table is not read, but one of other sizes belongs to another model.
     expected |= {copy: tuple(state[copy].shape) for copy in tied if copy in folder.tensors}
@@ -189,18 +185,22 @@ def check_model(folder: Folder, model: nn.Module, *, also_in: Folder | None = No
 
 
 def _place(
-    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, bits: int | None
+    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, bits: int | str | None
 ) -> None:
     """Puts one tensor into the model, in its final form."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if bits and leaf == "weight" and isinstance(module, nn.Linear) and is_quantised_layer(owner):
+        if isinstance(bits, str):
+            model.set_submodule(owner, quantized_linear(tensor.to(dtype), module.bias, bits, device))
+            return
         weight, scale = quantize_rows(tensor.to(device), bits)
         model.set_submodule(owner, OfficialQuantizedLinear(weight, scale, module.bias, bits))
         return
     if leaf == "weight_scale":
         module.scale_dtype = tensor.dtype  # type: ignore[assignment]
     elif tensor.is_floating_point():
-        tensor = tensor.to(dtype)
+        # A prefix may hold numbers that float16 does not; its encoder hands them over in the network's dtype.
+        tensor = tensor.to(torch.float32 if ".prefix_encoder." in f".{name}" else dtype)
     trained = module._parameters[leaf].requires_grad  # type: ignore[union-attr]
     module._parameters[leaf] = nn.Parameter(tensor.to(device), requires_grad=trained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Session:
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         self.loaded, self.name, self.path, self._warn = loaded, name, path, warn
+        self.adapter: str | None = None if loaded.adapter is None else loaded.adapters.chosen
         self.messages = list(messages)
         self.settings = {canonical_name(setting): value for setting, value in (settings or {}).items()}
         self.last: Reply | None = None
@@ -103,7 +104,7 @@ class Session:
         given = self.settings.get("seed")
         self.seed = random.SystemRandom().randrange(_SEEDS) if given is None else given
         replying = stream_reply(
-            self.loaded.model,
+            self.loaded.model if self.loaded.adapter is None else self.loaded.with_adapter(self.adapter),
             self.loaded.tokenizer,
             messages,
             cancel=cancel,
@@ -159,6 +160,24 @@ class Session:
         model = self.loaded.model
         return choose(model, sampling=settings, official=official_sampling(model, self.loaded.tokenizer))
 
+    def use(self, adapter: str | None) -> None:
+        """Changes the adapter for the answers to come; the conversation stays.
+
+        Args:
+            adapter: Its name; None for the base.
+
+        Raises:
+            UsageError: There is no such adapter; nothing changes then.
+        """
+        self.loaded.with_adapter(adapter)
+        self.adapter = adapter
+        self.save()
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The folder of the adapter that answers; None for the base."""
+        return None if self.adapter is None else self.loaded.adapters.folders[self.adapter]
+
     def clear(self) -> None:
         """Forgets everything but the system prompt; what is on disk stays, and a new file begins."""
         self.messages = self.messages[: 1 if self.system is not None else 0]
@@ -192,10 +211,13 @@ class Session:
 
     def transcript(self) -> transcript.Transcript:
         """The conversation as it is written to disk."""
-        adapter = self.loaded.adapter
-        return transcript.Transcript(
-            self.name, tuple(self.messages), None if adapter is None else str(adapter), self.settings
-        )
+        given = self.loaded.adapter
+        if isinstance(given, Mapping):
+            adapter: str | dict[str, str] | None = {name: str(folder) for name, folder in given.items()}
+        else:
+            adapter = None if given is None else str(given)
+        active = None if given is None else self.adapter or transcript.BASE
+        return transcript.Transcript(self.name, tuple(self.messages), adapter, self.settings, active)
 
     def save(self) -> None:
         """Writes the conversation to its file, if it has one; failing once is a warning, and ends the writing only."""
