@@ -163,6 +163,9 @@ def test_documented_commands_exist(path: Path) -> None:
                 del words[0]
             if words[:1] != ["glm"] or len(words) < 2:
                 continue
-            assert words[1] in parser.commands, line
-            flags = {flag for option in parser.commands[words[1]].params for flag in option.opts}
-            assert [word for word in words[2:] if word.startswith("-") and word.split("=")[0] not in flags] == [], line
+            verb, words = parser, words[1:]
+            while hasattr(verb, "commands") and words:
+                assert words[0] in verb.commands, line
+                verb, words = verb.commands[words[0]], words[1:]
+            flags = {"--help", *(flag for option in verb.params for flag in option.opts)}
+            assert [word for word in words if word.startswith("-") and word.split("=")[0] not in flags] == [], line

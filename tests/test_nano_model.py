@@ -107,7 +107,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     shown = capsys.readouterr().out
     assert "| rouge-l |" in shown
     assert "glm finetune" in shown
-    for file in ("report.md", "lora/loss.png", "lora/report.md", "lora/adapter/adapter_config.json"):
+    for file in ("report.md", "lora/plots/loss.png", "lora/report.md", "lora/adapter/adapter_config.json"):
         assert (tmp_path / "tour" / file).stat().st_size > 0
     results = json.loads((tmp_path / "tour" / "after" / "predict_results.json").read_text())
     assert results["predict_samples"] == 4

@@ -22,7 +22,7 @@ from glmkit.models.glm import GLMForConditionalGeneration
 from glmkit.tokenizers.glm import GLMChineseTokenizer
 from glmkit.train.arguments import PretrainRecipe, Recipe, load_recipe, recipe_names
 from glmkit.train.blank_examples import fill_blanks, pick_examples
-from glmkit.train.loop import learning_rate
+from glmkit.train.optimizer import learning_rate
 from glmkit.train.pretrain import PretrainResult, blank_ids, make_model, make_source, pretrain
 from glmkit.train.sources import Blanks
 
@@ -85,7 +85,7 @@ def test_a_tiny_model_learns_and_is_an_official_folder(learnt: PretrainResult) -
     assert "| bad lines met while drawing | 0 |" in report
     assert "## Blanks in held-out texts" in report
     assert all(mask in report for mask in ("[MASK]", "[sMASK]", "[gMASK]"))
-    assert (result.output_dir / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert (result.output_dir / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert set(learnt.filled) == {"bert", "sentence", "gpt"}
 
 

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from glmkit.chat.conversation import Reply
     from glmkit.loading import Loaded, load
     from glmkit.pipelines import pipeline
+    from glmkit.trainer import Trainer
 
-__all__ = ["Loaded", "Reply", "__version__", "load", "pipeline"]
+__all__ = ["Loaded", "Reply", "Trainer", "__version__", "load", "pipeline"]
 
 _WHERE = {
     "Loaded": "glmkit.loading",
     "Reply": "glmkit.chat.conversation",
+    "Trainer": "glmkit.trainer",
     "load": "glmkit.loading",
     "pipeline": "glmkit.pipelines",
 }

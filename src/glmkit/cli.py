@@ -120,23 +120,24 @@ def _start_page() -> str:
 # --- failures ---
 
 
-def unknown_verb(word: str, known: Sequence[str]) -> UsageError:
+def unknown_verb(word: str, known: Sequence[str], command: str = "glm") -> UsageError:
     """The error for a verb that does not exist, with the one that was probably meant.
 
     Args:
         word: What was typed in place of a verb.
         known: The verbs there are.
+        command: What they stand behind: "glm", or a verb that has verbs of its own.
     """
     from difflib import get_close_matches
 
     from glmkit.families import find_family
 
     close = get_close_matches(word, known, n=1)
-    if word in _VERB_SYNONYMS:
+    if word in _VERB_SYNONYMS and command == "glm":
         hint = f"did you mean glm {_VERB_SYNONYMS[word]}?"
     elif close:
-        hint = f"did you mean glm {close[0]}?"
-    elif find_family(word) or os.path.isdir(word):
+        hint = f"did you mean {command} {close[0]}?"
+    elif command == "glm" and (find_family(word) or os.path.isdir(word)):
         hint = f"did you mean glm chat {word}?"
     else:
         hint = f"known verbs: {', '.join(known)}"

@@ -71,6 +71,10 @@ class TrainingError(GlmkitError, RuntimeError):
     """A training run that cannot start or go on."""
 
 
+class RunRefusedError(TrainingError):
+    """The output folder is another run's, or this run was begun with other settings; what it holds stays as it is."""
+
+
 class MissingDependencyError(GlmkitError, ImportError):
     """An optional package that is not installed.
 

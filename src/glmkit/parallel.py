@@ -112,13 +112,15 @@ def shard_model(model: nn.Module, rank: int, degree: int, group: Group = None) -
         The same model. Its parameters have the same names and fewer rows or columns; they are not trainable.
 
     Raises:
-        UsageError: The model cannot be divided so, or has a P-Tuning prefix. Then it is unchanged.
+        UsageError: The model cannot be divided so, or has a prefix or adapters. Then it is unchanged.
     """
     if degree == 1:
         return model
     config: Any = model.config
     if getattr(config, "pre_seq_len", None):
         raise UsageError("a P-Tuning prefix is not divided over ranks", hint="load the model without the prefix")
+    if getattr(model, "glm_adapters", None) is not None:
+        raise UsageError("adapters are not divided over ranks", hint="first: glm merge BASE ADAPTER DST")
     partition = partition_of(config)
     found: dict[str, tuple[nn.Module, Rule]] = {}
     for name, module in model.named_modules():
@@ -275,9 +277,22 @@ def join_ranks(device: str = "auto") -> Ranks:
         torch.accelerator.set_device_index(local)
     store, rank, degree = _meeting_place()
     if not dist.is_initialized():
-        backend = dist.get_default_backend_for_device(chosen)
+        backend = backends_for(chosen)
         dist.init_process_group(backend, store=dist.PrefixStore("ranks", store), rank=rank, world_size=degree)
     return Ranks(rank, degree, chosen)
+
+
+def backends_for(device: torch.device) -> str:
+    """Names the libraries over which tensors travel: gloo on the CPU, and the device's own.
+
+    Args:
+        device: What a rank computes on.
+
+    Returns:
+        The backend for `init_process_group`.
+    """
+    own = dist.get_default_backend_for_device(device)
+    return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
 
 
 def load_parallel(

@@ -56,6 +56,13 @@ _INERT = {
     *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "torch.device"),
     *("torch.float16", "torch.bfloat16", "torch.float32", "torch.float64", "torch.half", "torch.float"),
 }
+# The same for the files of DeepSpeed's ZeRO: its own small classes, and tensors that carry attributes.
+_SIZE, _REBUILD_FROM_TYPE = "torch.Size", "torch._tensor._rebuild_from_type_v2"
+_DEEPSPEED = {
+    *("deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    *("deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address"),
+    *("torch.Tensor", _REBUILD_FROM_TYPE),
+}
 
 
 class FileRefused(Exception):
@@ -136,7 +143,29 @@ def inspect_training_file(read: ReadBytes, file_bytes: int) -> tuple[dict[str, B
     return _require_tensors(value["module"]), others
 
 
-def _described_value(read: ReadBytes, file_bytes: int, *, more_than_tensors: bool) -> Any:
+def inspect_deepspeed_file(read: ReadBytes, file_bytes: int) -> dict[str, Any]:
+    """Lists what a file of a DeepSpeed checkpoint holds, `…_model_states.pt` or `…_optim_states.pt`.
+
+    Nothing is run here either.
+
+    Args:
+        read: Reads (offset, length) from the file.
+        file_bytes: The size of the file.
+
+    Returns:
+        Its dictionary: plain values, sizes as tuples, and where each tensor lies. Objects of DeepSpeed's own classes
+        are recognised by their name and stand there as something of no use.
+
+    Raises:
+        FileRefused: The file is no such archive, or asks for anything but that.
+    """
+    value = _described_value(read, file_bytes, more_than_tensors=True, of_deepspeed=True)
+    if not isinstance(value, dict):
+        raise FileRefused(f"holds a {_kind(value)}, expected a dictionary")
+    return value
+
+
+def _described_value(read: ReadBytes, file_bytes: int, *, more_than_tensors: bool, of_deepspeed: bool = False) -> Any:
     _require_zip(read, file_bytes)
     entries = _data_entries(_zip_entries(read, file_bytes))
     if "byteorder" in entries:
@@ -145,7 +174,7 @@ def _described_value(read: ReadBytes, file_bytes: int, *, more_than_tensors: boo
             raise FileRefused(f"has byte order {order!r}, only b'little' is supported", hint=RESAVE_HINT)
     if "data.pkl" not in entries:
         raise FileRefused("is a zip file without data.pkl, so not written by torch.save")
-    machine = _Machine(entries, more_than_tensors=more_than_tensors)
+    machine = _Machine(entries, more_than_tensors=more_than_tensors, of_deepspeed=of_deepspeed)
     return machine.run(_entry_bytes(read, entries["data.pkl"], limit_bytes=MAX_PICKLE_BYTES))
 
 
@@ -325,11 +354,17 @@ class _Machine:
     Args:
         entries: The archive's entries without the common prefix, to look storages up.
         more_than_tensors: Whether the harmless objects of training checkpoints may stand beside the tensors.
+        of_deepspeed: Whether those of DeepSpeed may, too.
     """
 
-    def __init__(self, entries: dict[str, _Entry], *, more_than_tensors: bool = False) -> None:
+    def __init__(
+        self, entries: dict[str, _Entry], *, more_than_tensors: bool = False, of_deepspeed: bool = False
+    ) -> None:
         self._entries = entries
         self._allowed = _ALLOWED | _INERT if more_than_tensors else _ALLOWED
+        self._of_deepspeed = of_deepspeed
+        if of_deepspeed:
+            self._allowed = self._allowed | _DEEPSPEED
         self._more_than_tensors = more_than_tensors
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
@@ -438,7 +473,11 @@ class _Machine:
 
     def _call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         name = self._expect(function, _Global, "REDUCE").name
-        if name in _INERT:
+        if self._of_deepspeed and name == _SIZE and len(arguments) == 1:
+            return self._expect(arguments[0], tuple, name)
+        if self._of_deepspeed and name == _REBUILD_FROM_TYPE and len(arguments) == 4:
+            return self._call(arguments[0], self._expect(arguments[2], tuple, name))
+        if name in _INERT or (name in _DEEPSPEED and name != _REBUILD_FROM_TYPE):
             return _Unbuilt()
         if name == _ORDERED_DICT and not arguments:
             return {}

@@ -103,7 +103,10 @@ def _join_methods() -> None:
 def _quantize(self: Any, bits: int, quantize_embeddings: bool = False, *_: Any, **__: Any) -> Any:
     """`model.quantize(4)` or `(8)`: the official row-wise format. Further official arguments are moot."""
     first = isinstance(self, ChatGLMPreTrainedModel)  # the second argument of the later ones names a device
-    return quantize_model(self, bits, embeddings=bool(quantize_embeddings) if first else False)
+    quantised = quantize_model(self, bits, embeddings=bool(quantize_embeddings) if first else False)
+    if getattr(self, "glm_adapters", None) is not None:
+        self.glm_adapters.attach()  # the layers are others now
+    return quantised
 
 
 def _from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -32,10 +33,38 @@ _FLAG_SYNONYMS = {
 }
 
 
+_TASKS = ("adgen", "tools")
+
+
 class _Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {flag for parameter in self.params for flag in parameter.opts}
         return super().parse_args(ctx, [_canonical_flag(argument, own) for argument in args])
+
+
+class _RecipeVerb(_Verb):
+    """A verb that takes a recipe: every setting is a flag too, and stands in the help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {flag: not getattr(one, "is_flag", False) for one in self.params for flag in one.opts}
+        if any(argument.partition("=")[0] not in own for argument in args if argument.startswith("--")):
+            from glmkit.train.flags import settings_from_flags
+
+            own |= dict.fromkeys(("--help", "-h"), False)
+            args, settings = settings_from_flags(args, own, self._kind())
+            end = args.index("--") if "--" in args else len(args)
+            args[end:end] = [part for setting in settings for part in ("--set", setting)]
+        return super().parse_args(ctx, args)
+
+    def get_help(self, ctx: Any) -> str:
+        from glmkit.train.flags import settings_help
+
+        return f"{super().get_help(ctx)}\n\n{settings_help(self._kind())}"
+
+    def _kind(self) -> Any:
+        from glmkit.train.arguments import PretrainRecipe, Recipe
+
+        return Recipe if self.name == "finetune" else PretrainRecipe
 
 
 class _Verbs(TyperGroup):
@@ -45,7 +74,7 @@ class _Verbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         known = self.list_commands(ctx)
         if args[0] not in known and not args[0].startswith("-"):
-            raise unknown_verb(args[0], known)
+            raise unknown_verb(args[0], known, ctx.command_path)
         return super().resolve_command(ctx, args)
 
 
@@ -69,8 +98,26 @@ def command() -> Any:
     return typer.main.get_command(app)
 
 
-def _verb(summary: str) -> Callable[..., Any]:
-    return app.command(cls=_Verb, help=summary, context_settings={"help_option_names": ["-h", "--help"]})
+def _verb(summary: str, cls: type[TyperCommand] = _Verb) -> Callable[..., Any]:
+    return app.command(cls=cls, help=summary, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+def _group(name: str, summary: str) -> typer.Typer:
+    """Makes a verb that has verbs of its own."""
+    group = typer.Typer(
+        cls=_Verbs,
+        rich_markup_mode=None,
+        no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help=summary,
+    )
+    app.add_typer(group, name=name)
+    return group
+
+
+_data = _group("data", "Work on data files.")
+_checkpoints = _group("checkpoint", "Work on checkpoints of runs with several processes.")
+_recipes = _group("recipe", "Show the recipes of the package, copy them, and explain their settings.")
 
 
 @app.callback()
@@ -86,14 +133,26 @@ def _options(
 
 Model = Annotated[str, typer.Argument(help="Folder, model name such as chatglm3-6b, or hub id.", metavar="MODEL")]
 Adapter = Annotated[str | None, typer.Option("--adapter", "-a", help="Folder of a LoRA or P-Tuning adapter.")]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", "-a", metavar="[NAME=]DIR", help="LoRA or P-Tuning folder; repeatable, /adapter NAME changes it."
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, npu, ...")]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", "-q", help="official-int8 or official-int4, done while loading.")
+    str | None, typer.Option("--quantize", "-q", help="official-int8 or -int4, bnb-int8 or bnb-nf4; done while loading.")
 ]
 FamilyName = Annotated[str | None, typer.Option("--family", help="What the folder is, if it does not say it itself.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change; repeatable.")]
+Force = Annotated[bool, typer.Option("--force", help="Begin also if the memory will not be enough.")]
+Schema = Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors, and leave.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Fetch the model if it is not on this machine.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+AllowChange = Annotated[
+    bool, typer.Option("--allow-change", help="--resume also with other settings, where the effect can be told.")
+]
 
 
 # --- verbs ---
@@ -107,7 +166,7 @@ def chat(
         typer.Option("--prompt", "-p", help="One question; '-' is standard input, other piped input follows the text."),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     quantize: Quantize = None,
@@ -141,7 +200,7 @@ def chat(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    loading = {"adapter": adapter, "dtype": dtype, "device": device, "quantize": quantize, "family": family}
+    loading = {"adapter": _named_adapters(adapter), "dtype": dtype, "device": device, "quantize": quantize, "family": family}
     return run(
         ChatRequest(
             model=model or None,
@@ -224,49 +283,63 @@ def convert(
     return 0
 
 
-@_verb("Tune a model as a recipe says.")
+@_verb("Tune a model as a recipe says.", cls=_RecipeVerb)
 def finetune(
     recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a recipe of this package.")] = "",
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to it, such as train.learning_rate=1e-4.", metavar="[KEY=VALUE]..."),
     ] = None,
+    set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    allow_change: AllowChange = False,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it whole, and leave.")] = False,
+    preview: Annotated[
+        int, typer.Option("--preview", min=0, metavar="N", help="Show the first N records as the model sees them.")
+    ] = 0,
+    schema: Schema = False,
     yes: Yes = False,
 ) -> int:
     """Trains, or shows what would be trained."""
-    from glmkit.train.arguments import load_recipe
+    from glmkit.train.arguments import Recipe
 
-    _check_recipe_name(recipe)
-    checked = load_recipe(recipe, overrides or ())
+    if schema:
+        return _show_schema(Recipe)
+    checked = _read_recipe(recipe, overrides, set_, Recipe)
     if dry_run:
         return _show_recipe(checked)
     if checked.model.path is not None:
         from glmkit.location import locate
 
         locate(checked.model.path, download=yes)
+    if preview:
+        return _show_preview(checked, preview)
     from glmkit.train.run import finetune as train
 
-    return _end_of_training(train(checked, resume=resume))
+    return _end_of_training(train(checked, resume=resume, allow_change=allow_change, force=force))
 
 
-@_verb("Train a new GLM on texts, by blank infilling.")
+@_verb("Train a new GLM on texts, by blank infilling.", cls=_RecipeVerb)
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a recipe of this package.")] = "",
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to it, such as corpus.files=[texts/*.jsonl].", metavar="[KEY=VALUE]..."),
     ] = None,
+    set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    allow_change: AllowChange = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it whole, and leave.")] = False,
+    schema: Schema = False,
     yes: Yes = False,
 ) -> int:
     """Pre-trains, or shows what would be trained."""
-    from glmkit.train.arguments import PretrainRecipe, load_recipe
+    from glmkit.train.arguments import PretrainRecipe
 
-    _check_recipe_name(recipe, PretrainRecipe)
-    checked = load_recipe(recipe, overrides or (), PretrainRecipe)
+    if schema:
+        return _show_schema(PretrainRecipe)
+    checked = _read_recipe(recipe, overrides, set_, PretrainRecipe)
     if dry_run:
         return _show_recipe(checked)
     named = checked.model.tokenizer or checked.model.path
@@ -276,14 +349,16 @@ def pretrain(
         locate(named, download=yes)
     from glmkit.train.pretrain import pretrain as train
 
-    return _end_of_training(train(checked, resume=resume).training)
+    return _end_of_training(train(checked, resume=resume, allow_change=allow_change).training)
 
 
 @_verb("Measure a model on a task.")
 def evaluate(
-    task: Annotated[str, typer.Argument(help="adgen: advertising copy, BLEU-4 and ROUGE.")],
+    task: Annotated[
+        str, typer.Argument(help="adgen: advertising copy, BLEU-4 and ROUGE; tools: calls of tools in dialogues.")
+    ],
     model: Annotated[str, typer.Option("--model", "-m", help="Folder, model name or hub id.")] = "glm-nano",
-    data: Annotated[str | None, typer.Option("--data", help="JSON or JSON Lines with content and summary.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Records: docs/data.md has their forms.")] = None,
     adapter: Adapter = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first records.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers written together.")] = 8,
@@ -305,7 +380,7 @@ def evaluate(
     _check_task(task)
     if data is None:
         raise UsageError("--data is missing: the records to evaluate on", hint="--data dev.json, for instance of ADGEN")
-    if find_spec("jieba") is None:  # before the answers are written, not after
+    if task == "adgen" and find_spec("jieba") is None:  # before the answers are written, not after
         raise MissingDependencyError("jieba", "evaluate")
     from glmkit.data.records import read_records
     from glmkit.location import locate
@@ -319,6 +394,8 @@ def evaluate(
 
     options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
     loaded = load(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, family=family, download=yes)
+    if task == "tools":
+        return _evaluate_tools(loaded, records, max_tokens, batch_size, {"model": model, "adapter": adapter}, json_)
     folder = Path(output) if output else _new_folder(task, loaded.path.name)
     with Progress("answering", len(records)) as bar:
         results = evaluate_adgen(
@@ -338,6 +415,28 @@ def evaluate(
     else:
         print(table([(name.removeprefix("predict_"), str(value)) for name, value in results.items()]))
         print(f"predictions and results in {folder}", file=sys.stderr)
+    return 0
+
+
+def _evaluate_tools(
+    loaded: Any, records: Sequence[Any], max_tokens: int, batch_size: int, identity: dict[str, Any], as_json: bool
+) -> int:
+    from glmkit.evaluate.tool_calls import evaluate_tool_calls, turns
+    from glmkit.train.progress import Progress
+
+    with Progress("answering", len(turns(loaded.tokenizer, records))) as bar:
+        results = evaluate_tool_calls(
+            loaded.model,
+            loaded.tokenizer,
+            records,
+            max_new_tokens=max_tokens,
+            batch_size=batch_size,
+            progress=lambda done, _: bar.update(done),
+        )
+    if as_json:
+        print(json.dumps({"schema": 1, "task": "tools", **identity, "results": results}, ensure_ascii=False, indent=2))
+    else:
+        print(table([(name, str(value)) for name, value in results.items()]))
     return 0
 
 
@@ -449,11 +548,30 @@ def _show_text(model: str, text: str | None, picture: str | None, seed: int, jso
     return 0
 
 
-def _show_recipe(recipe: Any) -> int:
-    """Prints a checked recipe whole, as `--dry-run` asks."""
-    import yaml
+def _read_recipe(recipe: str, overrides: list[str] | None, more: list[str] | None, kind: Any) -> Any:
+    """Reads a recipe with its changes; without a recipe the changes must say everything."""
+    from glmkit.train.arguments import load_recipe
 
-    print(yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True), end="")
+    changes = [*(overrides or ()), *(more or ())]
+    if "=" in recipe and not os.path.isfile(recipe):
+        recipe, changes = "", [recipe, *changes]
+    if recipe or not changes:
+        _check_recipe_name(recipe, kind)
+    return load_recipe(recipe or None, changes, kind)
+
+
+def _show_recipe(recipe: Any) -> int:
+    """Prints a checked recipe whole, as `--dry-run` asks, and where each value comes from."""
+    from glmkit.train.arguments import as_resolved
+
+    print(as_resolved(recipe), end="")
+    return 0
+
+
+def _show_schema(kind: Any) -> int:
+    from glmkit.train.flags import schema
+
+    print(json.dumps(schema(kind), ensure_ascii=False, indent=2))
     return 0
 
 
@@ -473,17 +591,19 @@ def _end_of_training(result: Any) -> int:
 
 
 def _check_task(task: str) -> None:
-    if task != "adgen":
-        raise UsageError(f"there is no task {task!r}", hint="did you mean glm evaluate adgen?")
+    close = difflib.get_close_matches(task, _TASKS, n=1, cutoff=0.4)
+    if task not in _TASKS:
+        hint = f"did you mean glm evaluate {close[0]}?" if close else f"tasks are {', '.join(_TASKS)}"
+        raise UsageError(f"there is no task {task!r}", hint=hint)
 
 
-def _check_recipe_name(recipe: str, kind: Any = None) -> None:
+def _check_recipe_name(recipe: str, kind: Any) -> None:
     """Refuses a recipe that is neither a file nor in the package, with the name that was probably meant."""
     from glmkit.train.arguments import PretrainRecipe, Recipe, recipe_names
 
-    names = recipe_names(kind or Recipe)
-    if recipe in recipe_names(Recipe if kind else PretrainRecipe):
-        verb = "finetune" if kind else "pretrain"
+    names = recipe_names(kind)
+    if recipe in recipe_names(Recipe if kind is PretrainRecipe else PretrainRecipe):
+        verb = "finetune" if kind is PretrainRecipe else "pretrain"
         raise UsageError(f"the recipe {recipe} is not for this verb", hint=f"glm {verb} {recipe}")
     if recipe in names or os.path.isfile(recipe):
         return
@@ -502,3 +622,196 @@ def _new_folder(task: str, model: str) -> Path:
     from datetime import datetime
 
     return Path("runs") / f"{task}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+@_data.command("convert", cls=_Verb, help="Write a data file again as ChatGLM3 conversations, one per line.")
+def data_convert(
+    format: Annotated[str, typer.Argument(help="What its rows look like, such as toolalpaca; auto looks at the first.")],
+    source: Annotated[str, typer.Argument(help="JSON, JSON Lines, CSV or Parquet.")],
+    target: Annotated[str, typer.Argument(help="The JSON Lines file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> int:
+    """Converts, and says what was left out."""
+    from glmkit.data.records import convert
+
+    print(convert(format, source, target, overwrite=overwrite))
+    return 0
+
+
+@_data.command("prepare", cls=_Verb, help="Write the token ids of training data, so that no start makes them again.")
+def data_prepare(
+    recipe: Annotated[str, typer.Argument(help="Recipe whose data it is; or --model and --data.")] = "",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it, such as data.max_length=200.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write; data.train_file can be it.")] = "",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model whose tokenizer it is for.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Data file.")] = None,
+    skip_overlength: Annotated[
+        bool, typer.Option("--skip-overlength", help="Leave out records that are too long instead of cutting them.")
+    ] = False,
+    shards: Annotated[int, typer.Option("--shards", min=1, help="Arrow files to write.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+) -> int:
+    """Prepares, and says how long the records are."""
+    if not output:
+        raise UsageError("--output is missing: the folder to write")
+    changes = [f"output.dir={output}"]  # a recipe has one; nothing else is written into it
+    changes += [f"model.path={model}"] if model is not None else []
+    changes += [f"data.train_file={data}"] if data is not None else []
+    changes += ["data.skip_overlength=true"] if skip_overlength else []
+    from glmkit.train.arguments import Recipe
+    from glmkit.train.data_files import prepare_data
+
+    checked = _read_recipe(recipe, overrides, changes, Recipe)
+    print(prepare_data(checked, output, shards=shards, overwrite=overwrite).page(checked.data.train_file))
+    return 0
+
+
+def _show_preview(recipe: Any, count: int) -> int:
+    """Prints records as a model sees them, in colours where there is a terminal."""
+    from glmkit.cli import paint
+    from glmkit.train.data_files import preview_data
+
+    coloured = paint("x", "1", sys.stdout) != "x"
+    print(preview_data(recipe, count, paint=(lambda text, code: paint(text, code, sys.stdout)) if coloured else None))
+    return 0
+
+
+
+def _named_adapters(given: Sequence[str] | None) -> str | dict[str, str] | None:
+    """What followed each `--adapter`, as `glmkit.load` takes it: one folder, or names and folders."""
+    if not given:
+        return None
+    if len(given) == 1 and ("=" not in given[0] or os.path.isdir(given[0])):
+        return given[0]
+    named: dict[str, str] = {}
+    for one in given:
+        name, equals, folder = one.partition("=")
+        if not equals or os.path.isdir(one):
+            name, folder = Path(one).absolute().name, one
+        if name in named:
+            raise UsageError(f"two adapters are called {name!r}", hint=f"--adapter NAME={folder}")
+        named[name] = folder
+    return named
+
+
+@_verb("Write a base and an adapter as one plain checkpoint.")
+def merge(
+    base: Annotated[str, typer.Argument(help="Folder, model name or hub id of the base.", metavar="BASE")],
+    adapter: Annotated[str, typer.Argument(help="Folder of a LoRA or P-Tuning adapter.", metavar="ADAPTER")],
+    target: Annotated[str, typer.Argument(help="Folder to make.", metavar="DST")],
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (the base's own), float32, bfloat16 or float16.")] = "auto",
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Write a quantised base in 16 bit, which a LoRA needs.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare the result with base and adapter before it is kept.")
+    ] = True,
+    family: FamilyName = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    json_: Json = False,
+) -> int:
+    """Merges; the result appears only when it is complete and checked."""
+    from dataclasses import asdict
+
+    from glmkit.export.merge import merge as run
+
+    merged = run(base, adapter, target, dtype=dtype, dequantize=dequantize, check=check, family=family,
+                 overwrite=overwrite)  # fmt: skip
+    for note in merged.notes:
+        print(note, file=sys.stderr)
+    print(json.dumps({"schema": 1} | asdict(merged), indent=2) if json_ else target)
+    return 0
+
+
+@_recipes.command("list", cls=_Verb, help="List the recipes of the package, with what they need.")
+def recipe_list(
+    long: Annotated[bool, typer.Option("--long", "-l", help="Hardware, memory and time of each too.")] = False,
+    json_: Json = False,
+) -> int:
+    """Lists recipes."""
+    from glmkit.train.packaged import head_of, packaged_names, recipe_text
+
+    names = packaged_names()
+    heads = {name: head_of(recipe_text(name)) for name in names}
+    if json_:
+        listed = [{"name": name, "title": head.title} | head.facts for name, head in heads.items()]
+        print(json.dumps({"schema": 1, "recipes": listed}, ensure_ascii=False, indent=2))
+        return 0
+    width = max(map(len, names))
+    for name, head in heads.items():
+        print(f"{name.ljust(width)}  {head.title or 'configuration for distributed.deepspeed'}")
+        if long:
+            for fact in ("hardware", "memory", "time"):
+                if fact in head.facts:
+                    print(f"{' ' * width}    {fact}: {head.facts[fact]}")
+    return 0
+
+
+Packaged = Annotated[str, typer.Argument(help="Name of a recipe of the package, see glm recipe list.", metavar="NAME")]
+
+
+@_recipes.command("show", cls=_Verb, help="Print a recipe of the package.")
+def recipe_show(name: Packaged) -> int:
+    """Prints the file as it is."""
+    from glmkit.train.packaged import recipe_text
+
+    print(recipe_text(name), end="")
+    return 0
+
+
+@_recipes.command("copy", cls=_Verb, help="Copy a recipe of the package, to be changed.")
+def recipe_copy(
+    name: Packaged,
+    target: Annotated[
+        str | None, typer.Argument(help="File or folder; the current folder by default.", metavar="[DST]")
+    ] = None,
+) -> int:
+    """Copies the file; an existing one is kept."""
+    from glmkit.train.packaged import copy_recipe
+
+    print(copy_recipe(name, target))
+    return 0
+
+
+@_recipes.command("explain", cls=_Verb, help="Explain a setting: meaning, default, limits, other names, who sets it.")
+def recipe_explain(
+    key: Annotated[str, typer.Argument(help="Such as learning_rate or data.packing.", metavar="KEY")],
+) -> int:
+    """Explains a setting in some lines."""
+    from glmkit.train.packaged import explain
+
+    print(explain(key))
+    return 0
+
+
+@_verb("Look at a run of tuning or pre-training from a second terminal.")
+def watch(
+    folder: Annotated[str, typer.Argument(help="The run's output folder.", metavar="RUN")],
+    once: Annotated[bool, typer.Option("--once", help="Print once and leave.")] = False,
+) -> int:
+    """Prints the whole curve and the time left until the run ends."""
+    from glmkit.train.watch import watch as look
+
+    look(folder, once=once)
+    return 0
+
+
+@_checkpoints.command(
+    "transform", cls=_Verb, help="Merge a checkpoint in parts, or of DeepSpeed, into a model; or divide it anew."
+)
+def checkpoint_transform(
+    source: Annotated[str, typer.Argument(help="A run's step-N, or a folder that DeepSpeed wrote.", metavar="SRC")],
+    target: Annotated[str, typer.Argument(help="Folder to write.", metavar="DST")],
+    ranks: Annotated[int | None, typer.Option(help="Write a checkpoint in so many parts, not a model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder with config and tokenizer, if SRC has none.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
+) -> int:
+    """Writes weights of several processes as one folder."""
+    from glmkit.train.transform import transform
+
+    done = transform(source, target, ranks=ranks, model=model, overwrite=overwrite)
+    print(f"{done.target}: {done.source}, {done.tensors} tensors, {done.parameters:,} numbers")
+    return 0

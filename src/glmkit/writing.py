@@ -54,16 +54,12 @@ def write_folder(dst: str | os.PathLike[str], overwrite: bool = False) -> Iterat
         raise OutputError(f"{shown_path(target)} is a file, expected a folder or nothing")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputError(f"{shown_path(target)} exists and is not empty", hint="choose another name, or overwrite it")
-    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise OutputError(f"cannot make a folder in {shown_path(target.parent)}: {error.strerror}") from error
+    temporary = make_folder_beside(target)
     try:
         yield temporary
         try:
-            _publish(temporary, target)
+            sync_folder(temporary)
+            put_in_place(temporary, target)
         except OSError as error:
             raise OutputError(f"cannot write {shown_path(target)}: {error.strerror}") from error
     except BaseException:
@@ -71,12 +67,52 @@ def write_folder(dst: str | os.PathLike[str], overwrite: bool = False) -> Iterat
         raise
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    """Forces a finished folder to disk and gives it its name."""
-    for root, _, files in os.walk(temporary):
+def make_folder_beside(target: Path) -> Path:
+    """Makes the empty folder `.NAME.tmp-12345678` in which something is built before it gets its name.
+
+    Args:
+        target: What it will be called; missing folders above it are made.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    temporary = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise OutputError(f"cannot make a folder in {shown_path(target.parent)}: {error.strerror}") from error
+    return temporary
+
+
+def sync_folder(folder: Path) -> None:
+    """Forces every file below a folder, and the folders themselves, to disk.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    for root, _, files in os.walk(folder):
         for file in files:
             _sync(Path(root) / file)
         _sync(Path(root))
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Gives a finished folder its name, and forces that to disk; a folder that has the name is replaced.
+
+    Args:
+        temporary: The finished folder, beside the target and already on disk.
+        target: Its name.
+
+    Raises:
+        OSError: The disk refuses; what had the name keeps it.
+    """
     old: Path | None = None
     if target.is_dir() and any(target.iterdir()):
         # Two steps, because a rename cannot replace a full folder; if the second fails the first is undone.

@@ -15,8 +15,11 @@ from pydantic import BaseModel, ValidationError
 from glmkit.errors import UsageError
 from glmkit.train.blocks import (
     BlanksBlock,
+    Block,
     CorpusBlock,
     DataBlock,
+    DistributedBlock,
+    Given,
     MethodBlock,
     ModelBlock,
     NewModelBlock,
@@ -31,6 +34,7 @@ __all__ = [
     "BlanksBlock",
     "CorpusBlock",
     "DataBlock",
+    "DistributedBlock",
     "MethodBlock",
     "ModelBlock",
     "NewModelBlock",
@@ -43,16 +47,22 @@ __all__ = [
     "recipe_names",
 ]
 
+Location = tuple[str, ...]
+"""Block and key of a setting."""
 AnyRecipe = TypeVar("AnyRecipe", Recipe, PretrainRecipe)
 
 
-def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), kind: type[AnyRecipe] = Recipe) -> AnyRecipe:  # type: ignore[assignment]
+def load_recipe(
+    path_or_name: str | Path | None,
+    overrides: Sequence[str] = (),
+    kind: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
+) -> AnyRecipe:
     """Read a recipe from a YAML file, or one that comes with the package by its name.
 
     Args:
-        path_or_name: A file, or a bare name such as "adgen_lora".
+        path_or_name: A file, or a bare name such as "adgen_lora"; None: nothing but the overrides.
         overrides: "block.key=value" each, the value written as in YAML; the block may be left out where only one
-            block has the key.
+            block has the key. Keys may be those of other tools, as in the file.
         kind: What the recipe is for, `Recipe` (tuning) or `PretrainRecipe`.
 
     Returns:
@@ -62,7 +72,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), kind: t
         UsageError: If the file is missing or not YAML, or a key or value is wrong; names the line and the nearest
             key that exists.
     """
-    name, text = _recipe_text(path_or_name, kind)
+    name, text = ("the settings", "{}\n") if path_or_name is None else _recipe_text(path_or_name, kind)
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
@@ -70,7 +80,9 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), kind: t
         raise UsageError(f"{name} is not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{name} must hold the blocks {', '.join(kind.model_fields)}")
-    origins: dict[tuple[str, ...], str] = {}
+    lines = {_own_location(location, kind): line for location, line in _lines(tree, name).items()}
+    content = _with_own_names(content, kind)
+    origins: dict[Location, str] = {}
     for override in overrides:
         location, value = _override(override, kind)
         block = content.setdefault(location[0], {})
@@ -81,11 +93,12 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = (), kind: t
         block[location[-1]] = value
         origins[location] = override
     try:
-        return kind.model_validate(content)
+        recipe = kind.model_validate(content)
     except ValidationError as error:
-        lines = _lines(tree)
         problems = [_problem(name, item, lines, origins, kind) for item in error.errors()]
         raise UsageError("\n".join(problems)) from None
+    recipe.set_given(Given(name, text, tuple(overrides), frozenset(location[:2] for location in origins)))
+    return recipe
 
 
 def recipe_names(kind: type[BaseModel] = Recipe) -> list[str]:
@@ -121,54 +134,120 @@ def _recipe_text(path_or_name: str | Path, kind: type[BaseModel]) -> tuple[str, 
     return name, text
 
 
-def _blocks(kind: type[BaseModel]) -> dict[str, type[BaseModel]]:
+def blocks_of(kind: type[BaseModel]) -> dict[str, type[Block]]:
+    """Return the blocks of a kind of recipe by name.
+
+    Args:
+        kind: `Recipe` or `PretrainRecipe`.
+    """
     return {
         name: field.annotation
         for name, field in kind.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Block)
     }
 
 
-def _override(override: str, kind: type[BaseModel]) -> tuple[tuple[str, ...], Any]:
+def _override(override: str, kind: type[BaseModel]) -> tuple[Location, Any]:
     key, equals, text = override.partition("=")
     key = key.strip().lstrip("-")
     if not equals or not key:
         raise UsageError(f"{override!r} is not of the form key=value", hint="for instance train.learning_rate=1e-4")
+    location = find_key(key, kind)
+    if location is None:
+        raise UsageError(f"{override!r}: {unknown_key(key, (), kind)}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    location = tuple(key.split("."))
-    if len(location) == 1 and location[0] not in kind.model_fields:
-        owners = [block for block, fields in _blocks(kind).items() if location[0] in fields.model_fields]
-        if len(owners) != 1:
-            raise UsageError(f"{override!r}: {_unknown(location[0], (), kind)}")
-        location = (owners[0], location[0])
+    block = blocks_of(kind).get(location[0])
+    field = block.model_fields.get(location[1]) if block is not None and len(location) == 2 else None
+    if block is not None and len(location) == 1 and not isinstance(value, dict):
+        raise UsageError(f"{override!r}: {unknown_key(location[0], (), kind)}")
+    # A folder called 2024 is a text, whatever YAML thinks of it.
+    if field is not None and field.annotation in (str, str | None) and value is not None:
+        value = value if isinstance(value, str) else text
     return location, value
 
 
-def _unknown(key: str, within: tuple[str, ...], kind: type[BaseModel]) -> str:
-    """Say that a key does not exist, and which one was probably meant."""
-    dotted = {f"{block}.{name}": name for block, fields in _blocks(kind).items() for name in fields.model_fields}
+def find_key(key: str, kind: type[BaseModel]) -> Location | None:
+    """Find the setting that a key means.
+
+    Args:
+        key: As it was typed: with its block or without, ours or another tool's.
+        kind: The kind of recipe.
+
+    Returns:
+        Block and key in our words; None if no block, or more than one, has such a key. A key with a block is not
+        looked up.
+    """
+    location = tuple(key.split("."))
+    blocks = blocks_of(kind)
+    if location[0] not in kind.model_fields:
+        owners = [name for name, block in blocks.items() if location[0] in block.model_fields]
+        owners = owners or [name for name, block in blocks.items() if location[0] in block.synonyms]
+        if len(owners) != 1:
+            return None
+        location = (owners[0], *location)
+    return _own_location(location, kind)
+
+
+def _own_location(location: Location, kind: type[BaseModel]) -> Location:
+    block = blocks_of(kind).get(location[0])
+    if block is None or len(location) < 2:
+        return location
+    return (location[0], block.synonyms.get(location[1], location[1]), *location[2:])
+
+
+def _with_own_names(content: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """Give keys of other tools our names, so that an override replaces them; what is there twice is left to fail."""
+    renamed = dict(content)
+    for name, block in blocks_of(kind).items():
+        values = content.get(name)
+        if isinstance(values, dict):
+            meant = {key: block.synonyms.get(key, key) for key in values}
+            if len(set(meant.values())) == len(meant):
+                renamed[name] = {meant[key]: value for key, value in values.items()}
+    return renamed
+
+
+def unknown_key(key: str, within: Location, kind: type[BaseModel]) -> str:
+    """Say that a key does not exist, and which one was probably meant.
+
+    Args:
+        key: The key.
+        within: Its block; empty if none was named.
+        kind: The kind of recipe.
+    """
+    blocks = blocks_of(kind)
+    if key in blocks and not within:
+        return f"{key} is a block of settings: {', '.join(f'{key}.{name}' for name in blocks[key].model_fields)}"
+    dotted = {f"{block}.{name}": name for block, fields in blocks.items() for name in fields.model_fields}
     dotted |= {name: name for name in kind.model_fields}
-    here = [full for full in dotted if full.rpartition(".")[0] == ".".join(within)]
-    close = difflib.get_close_matches(key, [dotted[full] for full in here], n=1, cutoff=0.6)
-    if close:
-        return f"there is no key {key!r}; did you mean {'.'.join([*within, close[0]])!r}?"
-    elsewhere = [full for full, name in dotted.items() if name == key]
-    elsewhere = elsewhere or [
-        full for full, name in dotted.items() if difflib.get_close_matches(key, [name], cutoff=0.75)
-    ]
-    if elsewhere:
-        return f"there is no key {key!r} here; did you mean {elsewhere[0]!r}?"
-    return f"there is no key {key!r}; known are {', '.join(here)}"
+    foreign = {f"{block}.{name}": name for block, fields in blocks.items() for name in fields.synonyms}
+    prefix = ".".join(within)
+    own = [full for full in dotted if full.rpartition(".")[0] == prefix]
+    here = own + [full for full in foreign if within and full.rpartition(".")[0] == prefix]
+    every = dotted | foreign
+    found = _closest(key, here, every, 0.6) or _closest(key, [*dotted, *foreign], every, 0.75)
+    if found is None:
+        return f"there is no key {key!r}; known are {', '.join(own)}"
+    here_too = " here" if found not in here and key in every.values() else ""
+    meant = ".".join(_own_location(tuple(found.split(".")), kind))
+    note = "" if meant == found else f" (that is {meant})"
+    return f"there is no key {key!r}{here_too}; did you mean {found!r}{note}?"
+
+
+def _closest(key: str, candidates: Sequence[str], names: dict[str, str], cutoff: float) -> str | None:
+    """Return the full name whose last part is nearest, equal ones first."""
+    close = difflib.get_close_matches(key, [names[full] for full in candidates], n=1, cutoff=cutoff)
+    return next((full for full in candidates if names[full] == close[0]), None) if close else None
 
 
 def _problem(
     name: str,
     item: Any,
-    lines: dict[tuple[str, ...], int],
-    origins: dict[tuple[str, ...], str],
+    lines: dict[Location, int],
+    origins: dict[Location, str],
     kind: type[BaseModel],
 ) -> str:
     location = tuple(str(part) for part in item["loc"])
@@ -178,20 +257,80 @@ def _problem(
         known = next((location[:size] for size in range(len(location), 0, -1) if location[:size] in lines), None)
         where = f"{name}:{lines[known]}" if known else name
     if item["type"] == "extra_forbidden":
-        return f"{where}: {_unknown(location[-1], location[:-1], kind)}"
+        return f"{where}: {unknown_key(location[-1], location[:-1], kind)}"
     if item["type"] == "missing":
+        block = blocks_of(kind).get(location[0])
+        if len(location) == 1 and block is not None:
+            fields = block.model_fields
+            location = (location[0], next((name for name in fields if fields[name].is_required()), next(iter(fields))))
         return f"{where}: {'.'.join(location)} is missing; set it in the file or with {'.'.join(location)}=..."
     message = item["msg"].removeprefix("Value error, ")
     found = "" if isinstance(item["input"], dict | BaseModel) else f", found {item['input']!r}"
     return f"{where}: {'.'.join(location)}: {message}{found}"
 
 
-def _lines(node: Any, within: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """Map every key of a YAML tree to its line."""
-    found: dict[tuple[str, ...], int] = {}
+class _Dumper(yaml.SafeDumper):
+    """Writes every value into one line, also texts with line ends."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def one_line(value: Any) -> str:
+    """Write a value as YAML in one line, as overrides have it.
+
+    Args:
+        value: Of what JSON can hold.
+    """
+    text = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.strip()[1:-1]
+
+
+def as_given(recipe: RunRecipe) -> str:
+    """Return a recipe as it was given, as YAML: the file word for word, or what was set in Python.
+
+    Args:
+        recipe: The recipe.
+    """
+    given = recipe.given
+    if given is None:
+        settings = recipe.model_dump(mode="json", exclude_unset=True)
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    changes = "".join(f"# with {override}\n" for override in given.overrides)
+    return f"# {given.name}\n{changes}{given.text}"
+
+
+def as_resolved(recipe: RunRecipe) -> str:
+    """Return a whole recipe as YAML, each value with where it comes from: default, recipe or override.
+
+    Args:
+        recipe: The recipe.
+    """
+    changed = recipe.given.overridden if recipe.given is not None else frozenset()
+    lines = []
+    for name, values in recipe.model_dump(mode="json").items():
+        block = getattr(recipe, name)
+        lines.append(f"{name}:")
+        for key, value in values.items():
+            origin = "recipe" if key in block.model_fields_set else "default"
+            origin = "override" if (name, key) in changed else origin
+            lines.append(f"  {key}: {one_line(value)}  # {origin}")
+    return "\n".join(lines) + "\n"
+
+
+def _lines(node: Any, name: str, within: Location = ()) -> dict[Location, int]:
+    """Map every key of a YAML tree to its line; a key that is there twice is refused, YAML would drop the first."""
+    found: dict[Location, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             location = (*within, str(key.value))
-            found[location] = key.start_mark.line + 1
-            found |= _lines(value, location)
+            line = key.start_mark.line + 1
+            if location in found:
+                raise UsageError(f"{name}:{line}: {'.'.join(location)} is there twice, first in line {found[location]}")
+            found[location] = line
+            found |= _lines(value, name, location)
     return found

@@ -6,10 +6,10 @@ Names are those of Hugging Face's training arguments wherever they have one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal, Protocol, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from glmkit.data.mixtures import MIXTURES, Mixture
 
@@ -27,10 +27,49 @@ class Block(BaseModel):
         if not isinstance(values, Mapping):
             return values
         meant = {key: cls.synonyms.get(key, key) for key in values}
-        twice = [key for key, own in meant.items() if key != own and own in values]
-        if twice:
-            raise ValueError(f"{twice[0]} and {meant[twice[0]]} are the same; give one of them")
-        return {meant[key]: value for key, value in values.items()}
+        for key, own in meant.items():
+            others = [other for other, same in meant.items() if same == own and other != key]
+            if others:
+                raise ValueError(f"{key} and {others[0]} are the same; give one of them")
+        own_names = {meant[key]: value for key, value in values.items()}
+        lists = [name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list]
+        return own_names | {name: [own_names[name]] for name in lists if isinstance(own_names.get(name), str)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a recipe was read from.
+
+    Attributes:
+        name: The file, or the recipe of the package.
+        text: What it says.
+        overrides: The changes to it, "key=value" each.
+        overridden: Block and key of each.
+    """
+
+    name: str
+    text: str
+    overrides: tuple[str, ...]
+    overridden: frozenset[tuple[str, ...]]
+
+
+class WholeRecipe(Block):
+    """What all kinds of recipes have in common."""
+
+    _given: Given | None = PrivateAttr(None)
+
+    @property
+    def given(self) -> Given | None:
+        """Return what the recipe was read from; None if it was made in Python."""
+        return self._given
+
+    def set_given(self, given: Given) -> None:
+        """Note what the recipe was read from.
+
+        Args:
+            given: File and changes.
+        """
+        self._given = given
 
 
 class ModelBlock(Block):
@@ -64,7 +103,7 @@ class ModelBlock(Block):
     @field_validator("quantize", mode="before")
     @classmethod
     def _bits(cls, value: Any) -> Any:
-        return {4: "official-int4", 8: "official-int8"}.get(value, value) if isinstance(value, int) else value
+        return {"4": "official-int4", "8": "official-int8"}.get(str(value), value)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelBlock:
@@ -84,7 +123,11 @@ class DataBlock(Block):
     """Records on which the validation loss is measured, in the same forms."""
     format: str = "auto"
     """What a record looks like: adgen, alpaca, history, conversations, toolalpaca, sharegpt, messages, text, columns;
-    auto looks at the first record."""
+    auto looks at the first record. For GLM: cloze, seq2seq."""
+    task: str | None = None
+    """Formats cloze and seq2seq: the published task, such as rte or cnn_dm, for its patterns and words, or lengths."""
+    pattern_id: int = Field(0, ge=0)
+    """Format cloze: which of the task's patterns asks."""
     prompt_column: str = "content"
     """Format columns: field with the user's text."""
     response_column: str = "summary"
@@ -122,10 +165,35 @@ class DataBlock(Block):
     synonyms: ClassVar[Mapping[str, str]] = {
         "val_file": "eval_file",
         "validation_file": "eval_file",
+        "max_input_length": "max_source_length",
+        "max_output_length": "max_target_length",
         "max_seq_length": "max_length",
+        "cutoff_len": "max_length",
         "preprocessing_num_workers": "num_proc",
         "num_parallel_workers": "num_proc",
     }
+
+    @model_validator(mode="after")
+    def _known_task(self) -> DataBlock:
+        if self.format not in ("cloze", "seq2seq"):
+            if self.task is not None:
+                raise ValueError(f"data.task is for the formats cloze and seq2seq, the format is {self.format!r}")
+            return self
+        if self.format == "cloze":
+            from glmkit.data.cloze_patterns import TASKS
+
+            names: Collection[str] = TASKS
+            patterns = TASKS[self.task].patterns if self.task in TASKS else ()
+            if patterns and self.pattern_id >= len(patterns):
+                last = len(patterns) - 1
+                raise ValueError(f"{self.task} has the patterns 0 to {last}, data.pattern_id is {self.pattern_id}")
+        else:
+            from glmkit.data.seq2seq import TASKS as SEQ2SEQ_TASKS
+
+            names = SEQ2SEQ_TASKS
+        if self.task not in names:
+            raise ValueError(f"data.task is {self.task!r}; tasks of the format {self.format} are {', '.join(names)}")
+        return self
 
 
 class NewModelBlock(Block):
@@ -329,8 +397,8 @@ class TrainBlock(Block):
     """How many records are answered."""
     probe_prompts: list[str] = []
     """Questions that are answered before, at each validation and after, to see what is learnt and what forgotten."""
-    metric_for_best_model: Literal["eval_loss", "bleu-4", "rouge-1", "rouge-2", "rouge-l"] = "eval_loss"
-    """What says which checkpoint is the best; the lowest loss, or the highest of the others."""
+    metric_for_best_model: Literal["eval_loss", "bleu-4", "rouge-1", "rouge-2", "rouge-l", "accuracy"] = "eval_loss"
+    """What says which checkpoint is the best; the lowest loss, or the highest of the others; accuracy is of cloze."""
     load_best_model_at_end: bool = False
     """Give the best checkpoint of all validations as the result, not the last; it is kept beyond save_total_limit."""
     early_stopping_patience: int | None = Field(None, ge=1)
@@ -343,6 +411,8 @@ class TrainBlock(Block):
     synonyms: ClassVar[Mapping[str, str]] = {
         "eval_step_interval": "eval_steps",
         "eval_epoch_interval": "eval_epochs",
+        "lr": "learning_rate",
+        "epochs": "num_train_epochs",
         "batch_size": "per_device_train_batch_size",
         "max_predict_records": "max_predict_samples",
     }
@@ -365,7 +435,8 @@ class DistributedBlock(Block):
     """ddp: each process has the whole model. fsdp: each holds a part of every tensor (FSDP2). deepspeed: ZeRO as
     deepspeed.json says. auto: deepspeed if its file is given, else ddp."""
     deepspeed: str | None = None
-    """Path of a deepspeed.json, with DeepSpeed's own keys; "auto" in it is filled from this recipe."""
+    """Path of a deepspeed.json with DeepSpeed's own keys, or deepspeed_zero2 or deepspeed_zero3 of the package; "auto"
+    in it is filled from this recipe."""
     cpu_offload: bool = False
     """fsdp: keep parameters and optimizer in the memory of the host."""
     reshard_after_forward: bool = True
@@ -385,7 +456,7 @@ class OutputBlock(Block):
     synonyms: ClassVar[Mapping[str, str]] = {"output_dir": "dir"}
 
 
-class Recipe(Block):
+class Recipe(WholeRecipe):
     """A whole recipe for tuning."""
 
     model: ModelBlock
@@ -402,7 +473,7 @@ class Recipe(Block):
     """Where results go."""
 
 
-class PretrainRecipe(Block):
+class PretrainRecipe(WholeRecipe):
     """A whole recipe for pre-training GLM by blank infilling."""
 
     model: NewModelBlock
@@ -450,5 +521,9 @@ class RunRecipe(Protocol):
     def output(self) -> OutputBlock:
         """Where results go."""
 
-    def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """Return all settings."""
+    @property
+    def given(self) -> Given | None:
+        """What the recipe was read from."""
+
+    def model_dump(self, *, mode: str, exclude_unset: bool = False) -> dict[str, Any]:
+        """Return all settings, or only those that were set."""

@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glmkit.errors import OutputError, RunRefusedError, TrainingError
+from glmkit.checkpoint import open_folder
+from glmkit.errors import CheckpointError, OutputError, RunRefusedError, TrainingError
 from glmkit.writing import make_folder_beside, put_in_place, sync_folder, write_text_atomic
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ logger = logging.getLogger("glmkit")
 _STEP = re.compile(r"step-(\d{1,15})")
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-[0-9a-f]{8}|\.trash-[0-9a-f]{8}")
 _RUNS_CODE = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
+# The one exception: a P-Tuning prefix in the form of the official scripts, read by the gate, which runs nothing.
+_OFFICIAL_PREFIX = "pytorch_model.bin"
 _BLOCK_BYTES = 1 << 20
 _MOST_JSON_BYTES = 256 << 20
 
@@ -167,23 +170,25 @@ def publish(
             try:
                 folder = make_folder_beside(target)
             except OutputError as error:
-                problem = str(error)
-        shared = [None if folder is None else str(folder), problem]
+                problem = error.message
+        shared: list[Any] = ["" if folder is None else str(folder), problem]
         name, problem = shared if processes is None else processes.share(shared)
         if problem is not None:
             raise OutputError(problem)
         failed = _attempt(lambda: write(Path(name)))
-        if processes is not None and not processes.all_agree(failed is None) and failed is None:
+        agreed = failed is None if processes is None else processes.all_agree(failed is None)
+        if not agreed and failed is None:
             raise OutputError("another process could not write its part, so none was published")
-        if failed is None and folder is not None:
-            finished = folder
-            failed = _attempt(lambda: _finish(finished, target, about))
-        if processes is not None:
-            problem = processes.share(None if failed is None else _reason(failed))
+        if agreed:  # else all of them raise now, and none waits for another
+            if folder is not None:
+                finished = folder
+                failed = _attempt(lambda: _finish(finished, target, about))
+            problem = None if failed is None else _reason(failed)
+            problem = problem if processes is None else processes.share(problem)
             if problem is not None and failed is None:
                 raise OutputError(problem)
         if failed is not None:
-            raise OutputError(_reason(failed)) from failed
+            raise _as_output_error(failed) from failed
     finally:
         if folder is not None and folder.exists():
             shutil.rmtree(folder, ignore_errors=True)
@@ -226,7 +231,9 @@ def save_checkpoint(
         if problem is not None:
             raise OutputError(f"the pointer `latest` could not be moved: {problem}")
     except OutputError as error:
-        left = next(_verified(output, run_id, []), None)
+        left = None
+        with contextlib.suppress(OSError):
+            left = next(_verified(output, run_id, []), None)
         goes_on = f"{left.name} is left, and whole" if left else "no earlier checkpoint is left"
         raise TrainingError(
             f"checkpoint {target} could not be written: {error.message}; {goes_on}",
@@ -238,14 +245,19 @@ def save_checkpoint(
 
 
 def _attempt(work: Callable[[], None]) -> Exception | None:
-    """Do something that may fail because of the disk, and return how it failed; mistakes of ours are raised."""
+    """Do something that may fail because of the disk, and return how: other processes wait to hear of it."""
     try:
         work()
-    except (AttributeError, NameError, TypeError):
-        raise
     except Exception as error:  # libraries report a full disk in many ways: OSError, RuntimeError, their own
         return error
     return None
+
+
+def _as_output_error(error: Exception) -> Exception:
+    """Say of a failed write that it failed; a mistake in the code stays what it is."""
+    if isinstance(error, AssertionError | AttributeError | LookupError | NameError | TypeError):
+        return error
+    return OutputError(_reason(error))
 
 
 def _reason(error: Exception) -> str:
@@ -272,16 +284,16 @@ def _rotate(output: Path, step: int, run_id: str, keep: int, protected: Collecti
 
     A higher number than the newest was skipped as damaged when the run went on; it neither counts nor is deleted.
     """
-    older = [
-        path
-        for number, path in _numbered(output)
-        if number < step and number not in protected and _manifest(path).get("run_id") == run_id
-    ]
-    for path in older[max(1, keep) - 1 :]:
-        try:
+    try:
+        older = [
+            path
+            for number, path in _numbered(output)
+            if number < step and number not in protected and _manifest(path).get("run_id") == run_id
+        ]
+        for path in older[max(1, keep) - 1 :]:
             _discard(path)
-        except OSError as error:
-            logger.warning("the old checkpoint %s could not be deleted: %s", path, _reason(error))
+    except OSError as error:  # the new one is safe; a later save tries again
+        logger.warning("old checkpoints in %s could not be deleted: %s", output, _reason(error))
 
 
 def _discard(path: Path) -> None:
@@ -389,7 +401,7 @@ def _problem(path: Path, step: int, run_id: str) -> str | None:
         name = file.relative_to(path).as_posix()
         if file.is_symlink() or not file.is_file():
             return f"{name} is no regular file"
-        if file.suffix.lower() in _RUNS_CODE:
+        if file.suffix.lower() in _RUNS_CODE and file.name != _OFFICIAL_PREFIX:
             return f"{name} is of a kind that can run code when it is read; no checkpoint of a run has such files"
     try:
         manifest = read_json(path / "manifest.json")
@@ -413,6 +425,11 @@ def _problem(path: Path, step: int, run_id: str) -> str | None:
             return f"{name} has {size} bytes instead of {facts.get('bytes')}"
         if _sha256(path / name) != facts.get("sha256"):
             return f"{name} is damaged (SHA-256 differs)"
+        if (path / name).name == _OFFICIAL_PREFIX:
+            try:
+                open_folder((path / name).parent, weights=(_OFFICIAL_PREFIX,), config=None).close()
+            except CheckpointError as error:
+                return f"{name} is refused: {error.problems[0]}"
     return None
 
 

@@ -22,27 +22,33 @@ from torch import nn
 
 from glmkit import hf
 from glmkit.data.examples import Example
-from glmkit.errors import TrainingError
-from glmkit.train.arguments import RunRecipe, TrainBlock
-from glmkit.train.checkpoints import checkpoints, lock_folder, newest_checkpoint, publish, save_checkpoint
-from glmkit.train.journal import Figures, Journal
+from glmkit.errors import RunRefusedError, TrainingError, UsageError
+from glmkit.train.arguments import RunRecipe
+from glmkit.train.card import card
+from glmkit.train.checkpoints import (
+    checkpoints,
+    lock_folder,
+    newest_checkpoint,
+    publish,
+    read_json,
+    save_checkpoint,
+    space_warning,
+    sweep,
+)
+from glmkit.train.identity import compare, identity_of
+from glmkit.train.journal import Figures, Journal, warning_signs
 from glmkit.train.methods import Method, make_method
-from glmkit.train.precision import LossScale, precision
-from glmkit.train.processes import Processes, learning, own_share, processes_for
+from glmkit.train.optimizer import make_optimizer, warnings_about
+from glmkit.train.precision import LossScale
+from glmkit.train.processes import Processes, learning, processes_for
 from glmkit.train.progress import Progress
+from glmkit.train.run_folder import RunRecord, begin, recorded
 from glmkit.train.signals import StopSignals
 from glmkit.train.sources import Batch, Place, Records, Source, Window
-from glmkit.train.validation import mean_loss
-
-# What may differ between a run and its continuation: where it goes and how often it reports, never what it computes.
-_FREE_TO_CHANGE = {("output", "dir"), ("output", "report_to"), ("model", "device")}
-_FREE_TO_CHANGE |= {("data", key) for key in ("eval_file", "max_eval_samples", "num_proc", "cache_dir")}
-_FREE_TO_CHANGE |= {("corpus", key) for key in ("eval_files", "eval_rows", "check_first")}
-_FREE_TO_CHANGE |= {("train", key) for key in ("logging_steps", "eval_steps", "save_steps", "save_total_limit")}
-_FREE_TO_CHANGE |= {("train", key) for key in ("eval_epochs", "predict_with_generate", "max_predict_samples")}
-# What the processes compute together is fixed by batches_per_step; how they share it is not.
-_FREE_TO_CHANGE |= {("train", "gradient_accumulation_steps"), ("train", "per_device_eval_batch_size")}
-_FREE_TO_CHANGE |= {("distributed", key) for key in ("strategy", "deepspeed", "cpu_offload", "reshard_after_forward")}
+from glmkit.train.speed import Operations, measured_peak, peak_memory
+from glmkit.train.stepper import Stepper
+from glmkit.train.validation import Best, HeldOut, Validation
+from glmkit.writing import write_text_atomic
 
 OnStep = Callable[[int, int, Figures], None]
 
@@ -60,6 +66,7 @@ class TrainingResult:
         result_dir: Folder with the model or adapter; None if the run was stopped before its end.
         metrics: All lines of metrics.jsonl.
         interrupted: True if a signal stopped the run; a checkpoint was saved.
+        best_step: The step of the best validation, None without one.
     """
 
     loss: float
@@ -70,6 +77,7 @@ class TrainingResult:
     result_dir: Path | None
     metrics: list[dict[str, float]] = field(repr=False)
     interrupted: bool = False
+    best_step: int | None = None
 
 
 def train(
@@ -77,11 +85,13 @@ def train(
     tokenizer: Any,
     recipe: RunRecipe,
     train_examples: Sequence[Example] | Source,
-    eval_examples: Sequence[Example] | Sequence[Batch] | None = None,
+    held_out: HeldOut | Sequence[Example] | Sequence[Batch] | None = None,
     resume: bool = False,
     on_step: OnStep | None = None,
     progress: bool = True,
     processes: Processes | None = None,
+    allow_change: bool = False,
+    adapter: Path | None = None,
 ) -> TrainingResult:
     """Train a model and write the result.
 
@@ -92,11 +102,13 @@ def train(
         tokenizer: Its tokenizer, for the padding id and to be saved with a whole model.
         recipe: What to do.
         train_examples: What to learn: examples in memory, or any source of windows.
-        eval_examples: What to measure the validation loss on: examples, or batches as they are.
+        held_out: What to measure on; examples or batches alone are for the validation loss.
         resume: Continue from the newest good checkpoint in the output folder.
         on_step: Called after every step with its number, the number of all steps, and its metrics.
         progress: Show a bar, or lines where there is no terminal.
         processes: How the work is shared; None: as the recipe and the environment say.
+        allow_change: Resume also with settings that differ, if what that does is known; it is told.
+        adapter: Folder of what the method learnt before, to go on from; a resumed run has its own.
 
     Returns:
         The result.
@@ -107,23 +119,37 @@ def train(
     output = Path(recipe.output.dir)
     if processes is None:
         processes = processes_for(recipe, next(model.parameters()).device)
-    with lock_folder(output, processes), StopSignals() as signals:
-        run = _Run(model, tokenizer, recipe, train_examples, eval_examples or (), output, processes)
-        run.start(resume)
+    first = processes.rank == 0
+    with (
+        recorded(recipe, resume=resume, writes=first) as record,
+        lock_folder(output, processes),
+        StopSignals() as signals,
+    ):
+        if not isinstance(held_out, HeldOut):
+            held_out = HeldOut(held_out or ())
+        run = _Run(model, tokenizer, recipe, train_examples, held_out, output, processes, record)
+        run.start(resume, allow_change, adapter)
+        record.step, record.total_steps = run.step, run.total_steps
+        begin(recipe, processes.describe(), record)
+        run.introduce(show=progress)
         started = time.monotonic()
-        with Progress("training", run.total_steps, done=run.step, enabled=progress and processes.rank == 0) as bar:
+        with Progress("training", run.total_steps, done=run.step, enabled=progress and first) as bar:
             for window in run.windows():
                 figures = run.optimise(window)
                 bar.update(run.step, f"loss {figures['loss']:.4f}")
+                record.step = run.step
                 run.after_step(figures)
                 if on_step is not None:
                     on_step(run.step, run.total_steps, figures)
-                if not processes.all_agree(not signals.received):
+                if run.ended_early or not processes.all_agree(not signals.received):
                     break
-        interrupted = run.step < run.total_steps
+        interrupted = run.step < run.total_steps and not run.ended_early
         run.finish(interrupted)
+        record.interrupted = interrupted
+        record.result = None if interrupted else run.method.folder_name
+        loss = run.journal.last("loss")
         return TrainingResult(
-            loss=run.journal.lines[-1]["loss"] if run.journal.lines else math.nan,
+            loss=math.nan if loss is None else loss,
             eval_loss=run.journal.last("eval_loss"),
             steps=run.step,
             seconds=time.monotonic() - started,
@@ -131,33 +157,8 @@ def train(
             result_dir=None if interrupted else output / run.method.folder_name,
             metrics=run.journal.lines,
             interrupted=interrupted,
+            best_step=run.best.step,
         )
-
-
-def learning_rate(step: int, total_steps: int, block: TrainBlock) -> float:
-    """Return the learning rate of a step.
-
-    Args:
-        step: The step, from 1.
-        total_steps: All steps of the run.
-        block: Highest rate, kind of schedule and warm-up.
-
-    Returns:
-        The rate: rising linearly to the highest over the warm-up (without one the first step has the highest), then
-        falling to `lr_min_ratio` of it at step `lr_decay_steps`, or at the last one.
-    """
-    last = block.lr_decay_steps or total_steps
-    warmup_steps = math.ceil(block.warmup_ratio * last)
-    if step <= warmup_steps:
-        return block.learning_rate * step / warmup_steps
-    if block.lr_scheduler_type == "constant":
-        return block.learning_rate
-    highest = max(1, warmup_steps)  # the step with the highest rate
-    done = min(1.0, (step - highest) / max(1, last - highest))
-    if block.lr_scheduler_type == "exponential":
-        return block.learning_rate * block.lr_min_ratio**done
-    fall = 1 - done if block.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return block.learning_rate * (block.lr_min_ratio + (1 - block.lr_min_ratio) * fall)
 
 
 class _Run:
@@ -169,41 +170,62 @@ class _Run:
         tokenizer: Any,
         recipe: RunRecipe,
         examples: Sequence[Example] | Source,
-        eval_examples: Sequence[Example] | Sequence[Batch],
+        held_out: HeldOut,
         output: Path,
         processes: Processes,
+        record: RunRecord,
     ) -> None:
         self.recipe, self.tokenizer, self.output = recipe, tokenizer, output
         self.source: Source = (
             Records(examples, tokenizer.pad_token_id, recipe.train) if isinstance(examples, Sequence) else examples
         )
-        self.eval_examples, self.processes = eval_examples, processes
+        self.processes, self.record = processes, record
         self.place: Place = {}
         block = recipe.train
         self.batches_per_step = block.gradient_accumulation_steps * processes.world
-        self.identity = {"recipe": recipe.model_dump(mode="json"), "data": self.source.fingerprint()}
+        self.identity = identity_of(recipe, self.source.fingerprint(), model)
         self.run_id = uuid.uuid4().hex
-        self.step = 0
-        self.journal = Journal(output, writes=processes.rank == 0)
-        self.scale = LossScale.of(block)
+        self.step = self.total_steps = 0
+        first = processes.rank == 0
+        self.journal = Journal(output, writes=first, report_to=recipe.output.report_to, measure=self._measure)
+        self.validation = Validation(tokenizer, block, held_out, processes)
+        self.best = Best(block.metric_for_best_model)
+        self.ended_early = False
+        self.stepper = Stepper(block, processes, record)
+        self.epoch_ends: dict[int, int] = {}
         self.saved_step = -1
         torch.manual_seed(block.seed)
         self.method: Method = make_method(recipe.method)
-        self.model = self.method.prepare(model)
+        if block.loss_chunk_tokens is not None and not hasattr(model, "loss_chunk_tokens"):
+            raise UsageError(f"{type(model).__name__} has no loss in chunks; leave out train.loss_chunk_tokens")
+        model.loss_chunk_tokens = block.loss_chunk_tokens  # type: ignore[assignment]
+        self.model: Any = self.method.prepare(model)
         self.model.train()
         if block.gradient_checkpointing:
             hf.checkpoint_activations(self.model)
-        processes.prepare(self.model, lambda module: _optimizer(module, block))
+        self.operations = Operations.of(self.model, recipe.method.name)
 
-    @property
-    def total_steps(self) -> int:
-        """All optimizer steps of the run."""
-        block = self.recipe.train
-        return (
-            block.max_steps
-            if block.max_steps >= 0
-            else self.source.steps(block.num_train_epochs, self.batches_per_step)
+    def introduce(self, *, show: bool) -> None:
+        """Say in one line what really runs, and what is known to go wrong with it."""
+        block, processes, record = self.recipe.train, self.processes, self.record
+        if processes.rank != 0:
+            return
+        learnt = sum(parameter.numel() for parameter in learning(self.model))
+        every = sum(parameter.numel() for parameter in self.model.parameters())
+        kinds = {str(one.dtype).removeprefix("torch.") for one in self.model.parameters() if one.is_floating_point()}
+        computes = "bfloat16" if block.bf16 else "float16" if block.fp16 else "float32"
+        size = f"{block.tokens_per_batch} tokens" if block.tokens_per_batch else str(block.per_device_train_batch_size)
+        record.say(
+            f"{self.method.describe()}; {learnt:,} of {every:,} parameters learn; weights {'/'.join(sorted(kinds))}, "
+            f"products in {computes}; {processes.describe()}; {self.total_steps:,} steps of {self.batches_per_step} "
+            f"batches of {size}",
+            show=show,
         )
+        record.facts |= {"method": self.method.describe(), "parameters that learn": f"{learnt:,} of {every:,}"}
+        warnings = warnings_about(self.recipe)
+        room = space_warning(self.output, self.checkpoint_bytes(), block.save_total_limit)
+        for warning in [*warnings, *([room] if room else [])]:
+            record.say(f"warning: {warning}", show=True)
 
     def windows(self) -> Iterator[Window]:
         """Yield the windows of the steps still to do."""
@@ -211,63 +233,49 @@ class _Run:
 
     def optimise(self, window: Window) -> Figures:
         """Do one optimizer step and return its figures."""
-        started, step, block = time.monotonic(), self.step + 1, self.recipe.train
-        label_tokens = sum(batch.label_tokens for batch in window.batches)
-        own = list(own_share(window.batches, self.processes.rank, self.processes.world))
-        losses = []
-        for number, (batch, counts) in enumerate(own, start=1):
-            with precision(block, self.processes.device):
-                loss, _ = self.processes.loss(batch.inputs)
-            part = loss / label_tokens * counts
-            self.processes.backward(part * self.scale.scale, last=number == len(own))
-            losses.append(part.detach())
-        (loss_value,) = self.processes.sums(torch.stack(losses).sum().item())
-        rate = learning_rate(step, self.total_steps, block)
-        if math.isfinite(loss_value):
-            norm = self.processes.step(rate, block.max_grad_norm, self.scale.scale)
-        else:
-            norm = math.nan
-            self.processes.skip()
-        finite = math.isfinite(norm)
-        if not finite and (not self.scale.moves or not math.isfinite(loss_value)):
-            self._not_a_number(step, loss_value, norm, window)
-        self.scale.after(finite)
-        self.step, self.place = step, window.place
-        return {
-            "step": step,
-            "epoch": window.epoch,
-            "loss": loss_value,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "tokens": sum(batch.tokens for batch in window.batches),
-            "label_tokens": label_tokens,
-            "seconds": time.monotonic() - started,
-        }
+        figures = self.stepper.take(window, self.step + 1, self.total_steps)
+        self.step, self.place = self.step + 1, window.place
+        return figures
 
-    def _not_a_number(self, step: int, loss: float, norm: float, window: Window) -> None:
-        members = [where for batch in window.batches for where in batch.where]
-        places = ", ".join(members[:8])
-        raise TrainingError(
-            f"step {step}: the loss is {loss} and the norm of the gradient {norm}; the weights were "
-            f"left as they were before it. Records: {places}{', …' if len(members) > 8 else ''}",
-            hint="lower train.learning_rate, or look at these records; --resume continues from the last checkpoint",
-        )
+    def _measure(self, sums: Figures) -> Figures:
+        """Say what the machine did in some steps."""
+        block, device = self.recipe.train, self.processes.device
+        dtype = torch.bfloat16 if block.bf16 else torch.float16 if block.fp16 else torch.float32
+        done = self.operations.of_step(sums["tokens"], sums["label_tokens"], sums["samples"])
+        peak = measured_peak(device, dtype) * self.processes.world
+        speed = done / max(sums["seconds"], 1e-9)
+        return {"mfu": speed / peak, "peak_memory_bytes": float(peak_memory(device))}
 
     def after_step(self, figures: Figures) -> None:
         """Log, validate and save as often as the recipe says."""
         block = self.recipe.train
         self.journal.add(figures)
         last = self.step == self.total_steps
-        validate = bool(self.eval_examples) and (last or (block.eval_steps > 0 and self.step % block.eval_steps == 0))
-        if last or validate or self.step % block.logging_steps == 0:
-            self.journal.write(self.validate() if validate else {})
-        if block.save_steps > 0 and self.step % block.save_steps == 0 and not last:
+        validate = last or self._validation_is_due(int(figures["epoch"]))
+        measured: Figures = {}
+        if validate:
+            measured = self.validation.measure(self.model) if self.validation.wanted else {}
+            self.journal.write_samples(self.step, self.validation.probe(self.model))
+        if last or measured or self.step % block.logging_steps == 0:
+            self.journal.write(measured)
+        if measured:
+            self.journal.draw()
+        improved = self.best.see(self.step, measured)
+        patience = block.early_stopping_patience
+        self.ended_early = not last and patience is not None and self.best.worse >= patience
+        due = block.save_steps > 0 and self.step % block.save_steps == 0
+        if not last and (due or (improved and block.load_best_model_at_end)):
             self.save()
 
-    def validate(self) -> Figures:
-        """Measure the model as it is."""
-        pad = self.tokenizer.pad_token_id
-        return {"eval_loss": mean_loss(self.model, self.processes, self.eval_examples, pad, self.recipe.train)}
+    def _validation_is_due(self, epoch: int) -> bool:
+        block = self.recipe.train
+        if block.eval_steps > 0 and self.step % block.eval_steps == 0:
+            return True
+        if block.eval_epochs <= 0 or (epoch + 1) % block.eval_epochs != 0:
+            return False
+        if epoch not in self.epoch_ends:
+            self.epoch_ends = {epoch: self.source.steps(epoch + 1, self.batches_per_step)}
+        return self.step == self.epoch_ends[epoch]
 
     def save(self) -> None:
         """Write a checkpoint at a step boundary; gradients are never pending there."""
@@ -277,23 +285,39 @@ class _Run:
             self.run_id,
             self._write_state,
             self.recipe.train.save_total_limit,
+            protected=() if self.best.step is None else (self.best.step,),
             processes=self.processes,
         )
         self.saved_step = self.step
 
+    def checkpoint_bytes(self) -> int:
+        """Say how large a checkpoint will be, about: what learns, and two moments of it, in float32."""
+        return sum(parameter.numel() for parameter in learning(self.model)) * 12
+
     def _write_state(self, folder: Path) -> None:
-        self._write_learnt(folder / self.method.folder_name)
+        # What needs all processes comes before anything that may fail in one of them, or the others would wait for it.
+        sharded = not self.processes.whole and self.method.folder_name == "model"
+        gathered = None if sharded else self.processes.learnt()
         self.processes.write(folder)
         if self.processes.rank != 0:
             return
+        learnt = folder / self.method.folder_name
+        learnt.mkdir()
+        if sharded:  # the weights are in the parts that the processes have written
+            self.model.config.save_pretrained(learnt)
+            self.tokenizer.save_pretrained(learnt)
+        else:
+            self.method.save(self.model, self.tokenizer, learnt, gathered)
         state = {
             "step": self.step,
             "place": self.place,
             "run_id": self.run_id,
             "pending": self.journal.pending,
-            "loss_scale": asdict(self.scale),
+            "loss_scale": asdict(self.stepper.scale),
+            "best": asdict(self.best),
             "batches_per_step": self.batches_per_step,
             "world": self.processes.world,
+            "sharded": sharded,
             **self.identity,
         }
         state["versions"] = {"torch": str(torch.__version__)}
@@ -306,49 +330,86 @@ class _Run:
             folder.mkdir(exist_ok=True)
             self.method.save(self.model, self.tokenizer, folder, gathered)
 
-    def start(self, resume: bool) -> None:
+    def start(self, resume: bool, allow_change: bool, adapter: Path | None) -> None:
         """Begin anew in an empty folder, or continue from the newest good checkpoint."""
+        self.adapter = adapter
+        self._begin(resume, allow_change)
+        block = self.recipe.train
+        self.total_steps = block.max_steps
+        if self.total_steps < 0:
+            self.total_steps = self.source.steps(block.num_train_epochs, self.batches_per_step)
+        if self.step == 0:
+            self.journal.write_samples(0, self.validation.probe(self.model))
+
+    def _begin(self, resume: bool, allow_change: bool) -> None:
         identity_file = self.output / "run.json"
         if not resume:
             if not self.processes.all_agree(not identity_file.exists() and not checkpoints(self.output)):
-                raise TrainingError(
+                raise RunRefusedError(
                     f"{self.output} already holds a run",
                     hint="continue it with --resume, or choose another output.dir=",
                 )
             self.run_id = self.processes.share(self.run_id)
             if self.processes.rank == 0:
+                sweep(self.output)
                 content = {"run_id": self.run_id, "batches_per_step": self.batches_per_step, **self.identity}
-                identity_file.write_text(json.dumps(content, indent=1))
+                write_text_atomic(identity_file, json.dumps(content, indent=1))
+            self._from_the_first_step()
             self.processes.wait()
             return
         if not identity_file.exists():
-            raise TrainingError(f"{self.output} holds no run to continue", hint="leave out --resume to begin one")
-        before = json.loads(identity_file.read_text())
-        differences = _differences(before, self.identity)
-        if differences:
-            raise TrainingError(
-                f"the run in {self.output} was started differently:\n" + "\n".join(f"  - {one}" for one in differences),
-                hint="continue with the same settings, or choose another output.dir=",
-            )
+            raise RunRefusedError(f"{self.output} holds no run to continue", hint="leave out --resume to begin one")
+        before = read_json(identity_file)
+        changes = compare(
+            before,
+            self.identity,
+            batches_per_step=self.batches_per_step,
+            allow_change=allow_change,
+            folder=str(self.output),
+        )
         self.run_id = before["run_id"]
         # A run that began with another number of processes, or in an older version, keeps its windows.
         accumulated = before["recipe"]["train"]["gradient_accumulation_steps"]
         self.batches_per_step = before.get("batches_per_step", accumulated)
-        found, skipped = self.processes.share(_names(newest_checkpoint(self.output, self.run_id)))
+        first = self.processes.rank == 0
+        found, skipped = self.processes.share(_names(newest_checkpoint(self.output, self.run_id)) if first else None)
+        for sentence in skipped:
+            self.record.say(f"skipped {sentence}")
         if found is None and skipped:
-            raise TrainingError(f"no checkpoint in {self.output} can be used:\n" + "\n".join(skipped))
+            raise TrainingError(
+                f"no checkpoint in {self.output} can be used:\n" + "\n".join(skipped),
+                hint="move these folders away to begin from the first step",
+            )
+        if found is None:
+            self._from_the_first_step()
         pending = self._restore(self.output / found) if found is not None else []
         self.journal.resume(self.step, pending)
+        if changes and first:
+            told = [f"from step {self.step + 1} on, {change}" for change in changes]
+            self.record.say("\n".join(told))
+            changed = {"batches_per_step": self.batches_per_step, "changes": [*before.get("changes", []), *told]}
+            write_text_atomic(identity_file, json.dumps({**before, **self.identity, **changed}, indent=1))
+
+    def _from_the_first_step(self) -> None:
+        if self.adapter is not None:
+            self.method.restore(self.model, self.adapter)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        self.processes.prepare(self.model, lambda module: make_optimizer(module, self.recipe.train))
 
     def _restore(self, folder: Path) -> list[Figures]:
-        state = json.loads((folder / "state.json").read_text())
-        if self.processes.whole:
-            self.method.restore(self.model, folder / self.method.folder_name)
+        state = read_json(folder / "state.json")
+        if not state.get("sharded", False):
+            self.method.restore(self.model, folder / self.method.folder_name)  # while the model is still whole
+        self._share_out()
         self.processes.read(folder)
         self.step = self.saved_step = state["step"]
         self.place = state.get("place", {"windows": self.step})  # older checkpoints know records only
         if "loss_scale" in state:
-            self.scale = LossScale(**state["loss_scale"])
+            self.stepper.scale = LossScale(**state["loss_scale"])
+        if "best" in state and state["best"]["metric"] == self.best.metric:
+            self.best = Best(**state["best"])
         pending: list[Figures] = state["pending"]
         return pending
 
@@ -358,37 +419,28 @@ class _Run:
             if self.step != self.saved_step:
                 self.save()
             return
+        for sign in warning_signs(self.journal.lines):
+            self.record.say(f"note: {sign}")
+        self.journal.close()
+        if self.recipe.train.load_best_model_at_end and self.best.step not in (None, self.step):
+            self._take_best(self.output / f"step-{self.best.step}")
         self.model.eval()
-        publish(self.output / self.method.folder_name, self._write_learnt, processes=self.processes)
+        publish(self.output / self.method.folder_name, self._write_result, processes=self.processes)
 
+    def _write_result(self, folder: Path) -> None:
+        self._write_learnt(folder)
+        if self.processes.rank == 0:
+            text = card(self.recipe, self.method.describe(), self.journal.lines, self.method.folder_name)
+            (folder / "README.md").write_text(text, encoding="utf-8")
 
-def _optimizer(model: nn.Module, block: TrainBlock) -> torch.optim.Optimizer:
-    """AdamW over what learns; vectors do not decay."""
-    trained = learning(model)
-    matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trained if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": block.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=block.learning_rate,
-        betas=(block.adam_beta1, block.adam_beta2),
-        eps=block.adam_epsilon,
-        fused=True,
-    )
+    def _take_best(self, folder: Path) -> None:
+        """Bring back the weights of the best validation."""
+        if self.processes.whole:
+            self.method.restore(self.model, folder / self.method.folder_name)
+        else:
+            self.processes.read(folder)
+        self.record.say(f"the result is that of step {self.best.step}, with {self.best.metric} {self.best.value:.4f}")
 
 
 def _names(found: tuple[Path | None, list[str]]) -> tuple[str | None, list[str]]:
     return (None if found[0] is None else found[0].name), found[1]
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    found = []
-    for block, values in now["recipe"].items():
-        for key, value in values.items():
-            # A key that is younger than the run had its default then, and has it now unless it was set.
-            earlier = before["recipe"].get(block, {}).get(key, value)
-            if (block, key) not in _FREE_TO_CHANGE and earlier != value:
-                found.append(f"{block}.{key}: {earlier!r} then, {value!r} now")
-    if before["data"] != now["data"]:
-        found.append("the training data, or how it becomes tokens, has changed")
-    return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from glmkit.data.blank_infilling import SENTENCE_MARKS, BlankIds, BlankMaker
 from glmkit.data.corpus import ROW_MARKS, Corpus, RowStream
 from glmkit.data.made_texts import made_texts
 from glmkit.data.mixtures import Mixture
-from glmkit.errors import TrainingError, UsageError
+from glmkit.errors import RunRefusedError, UsageError
 from glmkit.location import locate
 from glmkit.models.glm import GLMForConditionalGeneration
 from glmkit.models.glm_config import GLMConfig
@@ -27,7 +27,8 @@ from glmkit.train.arguments import NewModelBlock, PretrainRecipe, load_recipe
 from glmkit.train.blank_examples import BlankExample, count_right, examples_table, fill_blanks, pick_examples
 from glmkit.train.loop import OnStep, TrainingResult, train
 from glmkit.train.new_tokenizer import make_tokenizer_file
-from glmkit.train.report import plot_loss
+from glmkit.train.ranks import first_goes_first, is_first, loading_device, strategy_of
+from glmkit.train.run_folder import RunRecord, recorded
 from glmkit.train.sources import Batch, Blanks, cached_ends
 from glmkit.writing import write_text_atomic
 
@@ -56,6 +57,7 @@ def pretrain(
     resume: bool = False,
     on_step: OnStep | None = None,
     progress: bool = True,
+    allow_change: bool = False,
 ) -> PretrainResult:
     """Do what a recipe for pre-training says.
 
@@ -65,6 +67,7 @@ def pretrain(
         resume: Continue from the last checkpoint in the recipe's output folder.
         on_step: Called after every step, see `train`.
         progress: Show bars, or lines where there is no terminal.
+        allow_change: Resume also with settings that differ, if what that does is known; it is told.
 
     Returns:
         The result; loss curve, examples and report lie in its output folder.
@@ -80,15 +83,30 @@ def pretrain(
         raise UsageError("overrides change a recipe file, not a recipe that is already loaded")
     output = Path(recipe.output.dir)
     if not resume and (output / "run.json").exists():
-        raise TrainingError(
+        raise RunRefusedError(
             f"{output} already holds a run", hint="continue it with --resume, or choose another output.dir="
         )
-    corpus, held_out = _corpora(recipe, output)
-    if recipe.corpus.check_first and not resume:
-        _check(corpus, progress)
+    first = os.environ.get("RANK", "0") == "0"
+    with recorded(recipe, resume=resume, writes=first) as record:
+        return _pretrain(recipe, record, resume, on_step, progress, allow_change)
+
+
+def _pretrain(
+    recipe: PretrainRecipe,
+    record: RunRecord,
+    resume: bool,
+    on_step: OnStep | None,
+    progress: bool,
+    allow_change: bool,
+) -> PretrainResult:
     mixture = recipe.blanks.whole()
-    tokenizer = _tokenizer(recipe, corpus, mixture, output)
-    model = load_or_make_model(recipe.model, tokenizer, seed=recipe.train.seed)
+    with first_goes_first(recipe, recipe.model.device):  # the others find its tokenizer and made documents
+        corpus, held_out = _corpora(recipe, Path(recipe.output.dir))
+        if recipe.corpus.check_first and not resume and is_first():
+            _check(corpus, progress)
+        tokenizer = _tokenizer(recipe, corpus, mixture, Path(recipe.output.dir))
+    place = recipe.model.model_copy(update={"device": str(loading_device(recipe, recipe.model.device))})
+    model = load_or_make_model(place, tokenizer, seed=recipe.train.seed)
     longest = model.config.max_sequence_length
     if recipe.corpus.seq_length > longest:
         raise UsageError(
@@ -98,13 +116,15 @@ def pretrain(
     ids = blank_ids(tokenizer, mixture)
     source = make_source(recipe, corpus, tokenizer, ids)
     examples, batches = _held_out(recipe, held_out, tokenizer, ids, source.maker)
+    if strategy_of(recipe) in ("fsdp", "deepspeed"):
+        examples = []  # a model in parts fills no blanks
     before = [fill_blanks(model, example) for example in examples]
-    result = train(model, tokenizer, recipe, source, batches, resume, on_step, progress)
+    result = train(model, tokenizer, recipe, source, batches, resume, on_step, progress, allow_change=allow_change)
     after = [] if result.interrupted else [fill_blanks(model, example) for example in examples]
     counted_before, counted_after = count_right(examples, before), count_right(examples, after)
     filled = {kind: (counted_before[kind][0], *counted) for kind, counted in counted_after.items()}
     shown = examples_table(tokenizer, examples, before, after)
-    _write_report(result, recipe, corpus, model.num_parameters(), filled, shown)
+    _note(record, corpus, model.num_parameters(), filled, shown)
     return PretrainResult(result, filled)
 
 
@@ -287,40 +307,22 @@ def _held_out(
     return examples, next(source.windows({}, number)).batches
 
 
-def _write_report(
-    result: TrainingResult,
-    recipe: PretrainRecipe,
+def _note(
+    record: RunRecord,
     corpus: Corpus,
     parameters: int,
     filled: dict[str, tuple[int, int, int]],
     examples: str,
 ) -> None:
-    """Write report.md and, if matplotlib is installed, loss.png into the output folder."""
-    picture = plot_loss(result.metrics, result.output_dir / "loss.png") if result.metrics else False
-    speeds = sorted(line["tokens_per_second"] for line in result.metrics)
-    rows = [
-        ("finished", time.strftime("%Y-%m-%d %H:%M:%S") + (" (stopped early)" if result.interrupted else "")),
-        ("parameters", f"{parameters:,}"),
-        ("corpus", f"{len(corpus.files)} files, {corpus.size_bytes:,} bytes"),
-        ("bad lines met while drawing", str(corpus.bad.number)),
-        ("optimizer steps", str(result.steps)),
-        ("training loss at the end", f"{result.loss:.4f}"),
-        ("validation loss", "not measured" if result.eval_loss is None else f"{result.eval_loss:.4f}"),
-        ("seconds (this call)", f"{result.seconds:.0f}"),
-        ("tokens per second (median)", f"{speeds[len(speeds) // 2]:.0f}" if speeds else "unknown"),
-        ("threads, torch", f"{torch.get_num_threads()}, {torch.__version__}"),
-        ("result", str(result.result_dir) if result.result_dir else "checkpoint only"),
-    ]
-    rows += [
-        (f"{kind} blanks filled exactly", f"{before} of {number} before, {after} of {number} after")
+    """Tell the report what only this kind of run knows."""
+    record.facts |= {
+        "parameters": f"{parameters:,}",
+        "corpus": f"{len(corpus.files)} files, {corpus.size_bytes:,} bytes",
+        "bad lines met while drawing": str(corpus.bad.number),
+    }
+    record.facts |= {
+        f"{kind} blanks filled exactly": f"{before} of {number} before, {after} of {number} after"
         for kind, (before, after, number) in filled.items()
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    curve = "![loss curve](loss.png)\n\n" if picture else ""
-    shown = f"## Blanks in held-out texts\n{examples}\n\n" if examples else ""
-    settings = json.dumps(recipe.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    (result.output_dir / "report.md").write_text(
-        f"# Pre-training report\n\n| | |\n|---|---|\n{table}\n\n{curve}"
-        f"All figures over time are in metrics.jsonl.\n\n{shown}## Settings\n\n```json\n{settings}\n```\n",
-        encoding="utf-8",
-    )
+    }
+    if examples:
+        record.sections["Blanks in held-out texts"] = examples

@@ -6,9 +6,7 @@ share of the window, and the gradients of all are joined before the step, so the
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from glmkit.train.arguments import RunRecipe
-from glmkit.train.state import load_tensors, save_tensors
+from glmkit.train.parts import read_parts
+from glmkit.train.state import load_generators, save_generators, save_moments
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 """Makes the optimizer of all parameters of a module that learn."""
@@ -44,8 +43,11 @@ class Processes(Protocol):
     def prepare(self, model: nn.Module, make_optimizer: MakeOptimizer) -> None:
         """Take the model that a method has prepared, wrap or shard it in place, and make its optimizer."""
 
-    def loss(self, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
-        """Return what the model's `label_loss` gives for inputs on any device: sum and number of targets."""
+    def loss(self, inputs: dict[str, Tensor], *, last: bool = True) -> tuple[Tensor, int]:
+        """Return what the model's `label_loss` gives for inputs on any device: sum and number of targets.
+
+        `last` is what `backward` will be told.
+        """
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add gradients; with the last batch of a window those of all processes are joined (summed)."""
@@ -115,11 +117,12 @@ class OneProcess:
         """
         self.model, self.optimizer = model, make_optimizer(model)
 
-    def loss(self, inputs: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def loss(self, inputs: dict[str, Tensor], *, last: bool = True) -> tuple[Tensor, int]:
         """Return the summed loss of a batch and its number of targets.
 
         Args:
             inputs: Keyword arguments of `label_loss`.
+            last: Not looked at.
         """
         moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}
         loss, targets = self.model.label_loss(**moved)
@@ -176,8 +179,8 @@ class OneProcess:
         Args:
             folder: An existing folder.
         """
-        save_tensors(folder, self.optimizer, self.device)
-        write_python_random(folder, self.rank)
+        save_moments(folder, self.optimizer)
+        save_generators(folder, self.device, self.rank)
 
     def read(self, folder: Path) -> None:
         """Read optimizer and random generators.
@@ -185,50 +188,44 @@ class OneProcess:
         Args:
             folder: Where `write` wrote them.
         """
-        load_tensors(folder, self.optimizer, self.device)
-        read_python_random(folder, self.rank)
+        read_parts(folder, self.model, self.optimizer)
+        load_generators(folder, self.device, self.rank)
 
 
 def processes_for(recipe: RunRecipe, device: torch.device) -> Processes:
-    """Choose how a run is shared.
+    """Choose how a run is shared: as the recipe says, over the processes that torchrun has started.
 
     Args:
         recipe: Its `distributed` block says how.
-        device: Where the model lies.
+        device: Where the model lies; where several processes compute is decided by `join`.
 
     Returns:
         What the loop asks.
+
+    Raises:
+        UsageError: If the strategy cannot run so.
+        MissingDependencyError: If DeepSpeed is asked for and not installed.
     """
-    return OneProcess(device)
+    from glmkit.train.ranks import DataParallel, join, strategy_of
+
+    strategy = strategy_of(recipe)
+    if strategy == "one":
+        return OneProcess(device)
+    place = join(recipe)
+    if strategy == "ddp":
+        return DataParallel(recipe, place)
+    if strategy == "fsdp":
+        from glmkit.train.fsdp import FullySharded
+
+        return FullySharded(recipe, place)
+    from glmkit.train.zero import Zero
+
+    return Zero(recipe, place)
 
 
 def learning(model: nn.Module) -> list[nn.Parameter]:
     """List the parameters that learn."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def write_python_random(folder: Path, rank: int) -> None:
-    """Write the state of Python's own generator as JSON.
-
-    Args:
-        folder: An existing folder.
-        rank: Of this process.
-    """
-    version, numbers, gauss = random.getstate()
-    (folder / f"random-{rank}.json").write_text(json.dumps([version, list(numbers), gauss]))
-
-
-def read_python_random(folder: Path, rank: int) -> None:
-    """Read what `write_python_random` wrote; a process that did not exist then keeps its own state.
-
-    Args:
-        folder: Where it was written.
-        rank: Of this process.
-    """
-    file = folder / f"random-{rank}.json"
-    if file.exists():
-        version, numbers, gauss = json.loads(file.read_text())
-        random.setstate((version, tuple(numbers), gauss))
 
 
 def own_share(batches: list[Any], rank: int, world: int) -> Iterable[tuple[Any, bool]]:

@@ -46,16 +46,18 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, note: str = "", *, total: int | None = None) -> None:
         """Tell how far the work is.
 
         Args:
             done: Units done so far.
             note: A few words beside it, for instance the loss.
+            total: How many units there are, if that was not known before.
         """
         self._done = done
+        self._total = total or self._total
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, note=note)
+            self._bar.update(self._task, completed=done, total=self._total, note=note)
             return
         now = time.monotonic()
         if self._enabled and (now - self._last_line >= _SECONDS_BETWEEN_LINES or done == self._total):

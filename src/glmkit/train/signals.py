@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -31,7 +32,9 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        self._put_back()
+        # torchrun passes on what the terminal has sent to all processes already, and kills after 30 s by itself.
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            self._put_back()
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():
