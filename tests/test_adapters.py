@@ -205,6 +205,28 @@ def test_lora_beside_quantised_layers(bits: int, base: Path, tmp_path: Path) -> 
         assert torch.equal(logits(loaded.with_adapter(None)), logits(quantised.model))
 
 
+@pytest.mark.parametrize("kind", ["bnb-int8", "bnb-nf4"])
+def test_lora_beside_layers_of_bitsandbytes(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "ffn_hidden_size": 64, "kv_channels": 16}
+    folder = official.write_folder(tmp_path / "base", 2, tokenizer=_vocabulary(tmp_path / "base"), **sizes)
+    path = write_lora(tmp_path / "lora", folder)
+    tensors = load_file(path / "adapter_model.safetensors")
+    loaded = glmkit.load(folder, adapter=path, dtype="float32", quantize=kind)
+    assert loaded.adapters is not None
+    for name, layer in linear_layers(loaded.model, "query_key_value").items():
+        assert type(layer).__module__.startswith("bitsandbytes")
+        a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        x = torch.randn(3, 64)
+        with torch.no_grad(), loaded.adapters.active(None):
+            plain = layer(x)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x) - plain, 2 * x @ a.T @ b.T, atol=1e-3, rtol=1e-3)
+    assert torch.equal(
+        logits(loaded.with_adapter(None)), logits(glmkit.load(folder, dtype="float32", quantize=kind).model)
+    )
+
+
 def test_quantising_afterwards_keeps_the_matrices(base: Path, tmp_path: Path) -> None:
     """`model.quantize(8)` replaces the layers; over several devices they are divided, which adapters are not."""
     path = write_lora(tmp_path / "lora", base)

@@ -130,9 +130,12 @@ def test_kill_9_at_random_moments(tmp_path: Path, runs: Runs, kills: int) -> Non
     expected, seconds = {}, {}
     methods = {"full": {"name": "full"}, "lora": LORA}
     for name, method in methods.items():
-        started = time.monotonic()
-        assert runs(tmp_path / name, settings=settings, method=method)["status"] == 0
-        seconds[name] = time.monotonic() - started
+        took = []
+        for folder in (tmp_path / f"{name}-warm", tmp_path / name):
+            started = time.monotonic()
+            assert runs(folder, settings=settings, method=method)["status"] == 0
+            took.append(time.monotonic() - started)
+        seconds[name] = min(took)
         expected[name] = (result(tmp_path / name), losses(tmp_path / name))
     done, number, found_at = 0, 0, []
     while done < kills:

@@ -709,4 +709,6 @@ def test_the_adapter_config_of_the_official_example(shared: Path, folder: Path, 
     x = torch.randn(1, 32)
     a, b = (state[f"base_model.model.{QKV}.lora_{letter}.weight"] for letter in "AB")
     scale = json.loads(config)["lora_alpha"] / rank
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias) + scale * x @ a.T @ b.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        layer(x), F.linear(x, layer.weight, layer.bias) + scale * x @ a.T @ b.T, atol=1e-4, rtol=1e-4
+    )

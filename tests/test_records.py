@@ -24,6 +24,7 @@ from glmkit.tokenizers.glm4 import ChatGLM4Tokenizer
 from tiny import train_tokenizer
 from tiny_families import glm4_tokenizer, train_ice_text
 
+NAMED = (("add", "a"), ("mul", "b"))  # tools and their parameters
 ADD = {"name": "add", "description": "加法", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}
 SUM = {"a": 1, "b": "it's", "c": [True, None, {"d": 2.5}]}
 
@@ -342,6 +343,43 @@ def test_csv_and_parquet_give_what_json_gives(tmp_path: Path) -> None:
         found = read_records(tmp_path / "any.name")
         assert [(record.messages, record.loss, record.text) for record in found] == expected
         assert found[1].where == f"{tmp_path / 'any.name'}, row 2"
+
+
+def test_nested_parquet_has_no_fields_that_other_objects_have(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    add, mul = ({"name": n, "parameters": {"type": "object", "properties": {p: {"type": "number"}}}} for n, p in NAMED)
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    calls = [{"role": "tool", "name": n, "parameters": {p: 1.0}, "observation": "1"} for n, p in NAMED]
+    asked = {"tools": [add, mul], "conversations": [user, *calls, {**assistant, "loss": False}, user, assistant]}
+    called = {"role": "assistant", "content": None, "tool_calls": [tool_call("add", {"a": None}, 1)]}
+    answered = {"role": "tool", "tool_call_id": "call_1", "content": "1"}
+    posted = {"tools": [add, mul], "messages": [user, called, answered, {**assistant, "weight": 1}]}
+    for row in (asked, posted):
+        (expected,) = read(tmp_path, row)
+        parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "nested.parquet")
+        (found,) = read_records(tmp_path / "nested.parquet")
+        assert (found.messages, found.loss) == (expected.messages, expected.loss)
+
+
+def test_null_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "a"}
+    with_null = {"conversations": [user, {"role": "assistant", "content": "b", "loss": None}]}
+    assert read(tmp_path, with_null)[0].loss == (False, True)
+    call = {"type": "function", "function": {"name": "add", "arguments": None}}
+    turns = [user, {"role": "assistant", "content": None, "weight": None, "tool_calls": [call]}]
+    (record,) = read(tmp_path, {"messages": turns, "tools": None})
+    assert said(record)[1:] == [("assistant", "add", "", {}, True)]
+
+
+def test_a_call_may_have_parameters_and_a_system_message_tools(tmp_path: Path) -> None:
+    call = {"from": "function_call", "value": json.dumps({"name": "add", "parameters": SUM})}
+    (record,) = read(tmp_path, {"conversations": [{"from": "human", "value": "a"}, call]})
+    assert record.messages[-1].arguments == SUM
+    turns = [{"role": "system", "content": "a", "tools": [ADD]}, {"role": "user", "content": "b"}]
+    (record,) = read(tmp_path, {"messages": [*turns, {"role": "assistant", "content": "c"}]})
+    assert record.messages[0] == Message("system", "a", tools=[ADD])
 
 
 def test_places_are_exact_lines(tmp_path: Path) -> None:

@@ -157,3 +157,18 @@ def test_what_is_missing_is_named(base: Path) -> None:
         trainer.evaluate()
     with pytest.raises(UsageError, match="settings are given to Trainer"):
         trainer.train(learning_rate=1)
+
+
+def test_what_cannot_fit_is_refused_before_the_weights_are_read(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmkit.train.fitting.free_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr("glmkit.train.run.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    data = write_records(tmp_path / "train.json", "{} world hello")
+    changes = [f"path={base}", f"train_file={data}", f"dir={tmp_path / 'run'}"]
+    with pytest.raises(TrainingError, match=r"of memory on each device, 0\.0 GB are free"):
+        finetune(load_recipe(None, changes), progress=False)
+    ended = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert ended["ended"] == "failed"
+    with pytest.raises(pytest.fail.Exception, match="the weights were read"):
+        finetune(load_recipe(None, [*changes[:2], f"dir={tmp_path / 'forced'}"]), progress=False, force=True)

@@ -81,7 +81,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         job: output; method, train, distributed: blocks of the recipe; model: changed sizes; dtype: of the weights;
             resume; and what is special: "from", a run's folder to go on with a copy of; "cut", a step after which the
             run ends as in a crash; "die", a step after which process 1 is killed; "disk_fails_on", the process that
-            cannot write; "native", a folder for DeepSpeed's own files.
+            cannot write; "no_number", the step of which the loss is no number in the last process; "native", a folder
+            for DeepSpeed's own files.
 
     Returns:
         Curve, what ran, and the error.
@@ -97,6 +98,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     )
     recipe = recipe_of(job)
     curve: dict[str, float] = {}
+    if "no_number" in job and int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        _spoil(model, lambda: len(curve) + 1 == job["no_number"])
 
     def on_step(step: int, total: int, figures: dict[str, float]) -> None:
         curve[str(step)] = figures["loss"]
@@ -133,6 +136,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 def _no_dropout(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return x
+
+
+def _spoil(model: Any, now: Callable[[], bool]) -> None:
+    """Makes the training loss no number while a condition holds."""
+    whole = model.label_loss
+
+    def spoilt(**inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
+        loss, targets = whole(**inputs)
+        return loss * (float("nan") if now() and torch.is_grad_enabled() else 1.0), targets
+
+    model.label_loss = spoilt
 
 
 def _break_disk(processes: Processes, job: dict[str, Any]) -> None:

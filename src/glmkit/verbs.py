@@ -142,7 +142,8 @@ Adapters = Annotated[
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, npu, ...")]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", "-q", help="official-int8 or -int4, bnb-int8 or bnb-nf4; done while loading.")
+    str | None,
+    typer.Option("--quantize", "-q", help="official-int8 or -int4, bnb-int8 or bnb-nf4; done while loading."),
 ]
 FamilyName = Annotated[str | None, typer.Option("--family", help="What the folder is, if it does not say it itself.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change; repeatable.")]
@@ -200,7 +201,8 @@ def chat(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    loading = {"adapter": _named_adapters(adapter), "dtype": dtype, "device": device, "quantize": quantize, "family": family}
+    loading = {"adapter": _named_adapters(adapter), "dtype": dtype, "device": device}
+    loading |= {"quantize": quantize, "family": family}
     return run(
         ChatRequest(
             model=model or None,
@@ -577,6 +579,8 @@ def _show_schema(kind: Any) -> int:
 
 def _end_of_training(result: Any) -> int:
     """Says how a run ended: the folder with the result on standard output, all else beside it."""
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        return 130 if result.interrupted else 0
     if result.interrupted:
         print(f"stopped after step {result.steps}; --resume goes on from there", file=sys.stderr)
         return 130
@@ -626,7 +630,7 @@ def _new_folder(task: str, model: str) -> Path:
 
 @_data.command("convert", cls=_Verb, help="Write a data file again as ChatGLM3 conversations, one per line.")
 def data_convert(
-    format: Annotated[str, typer.Argument(help="What its rows look like, such as toolalpaca; auto looks at the first.")],
+    format: Annotated[str, typer.Argument(help="What its rows look like, as toolalpaca; auto looks at the first.")],
     source: Annotated[str, typer.Argument(help="JSON, JSON Lines, CSV or Parquet.")],
     target: Annotated[str, typer.Argument(help="The JSON Lines file to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
@@ -702,7 +706,7 @@ def merge(
     base: Annotated[str, typer.Argument(help="Folder, model name or hub id of the base.", metavar="BASE")],
     adapter: Annotated[str, typer.Argument(help="Folder of a LoRA or P-Tuning adapter.", metavar="ADAPTER")],
     target: Annotated[str, typer.Argument(help="Folder to make.", metavar="DST")],
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (the base's own), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as the base), float32, bfloat16 or float16.")] = "auto",
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Write a quantised base in 16 bit, which a LoRA needs.")
     ] = False,
@@ -814,4 +818,39 @@ def checkpoint_transform(
 
     done = transform(source, target, ranks=ranks, model=model, overwrite=overwrite)
     print(f"{done.target}: {done.source}, {done.tensors} tensors, {done.parameters:,} numbers")
+    return 0
+
+
+@_verb("Say what memory and disk a recipe or a model needs, before anything is loaded.")
+def plan(
+    name: Annotated[str, typer.Argument(help="A recipe (file or name), or a model (folder or name).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it.", metavar="[KEY=VALUE]...")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="Of one device, as 24GB; else what is free.")] = None,
+    devices: Annotated[int, typer.Option("--devices", min=1, help="Processes that share a recipe's work.")] = 1,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of a model's context.")] = 2048,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows at a time, of a model.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Do not refuse what does not fit.")] = False,
+    json_: Json = False,
+) -> int:
+    """Prints the plan; a recipe that does not fit is an error that names the nearest settings that do."""
+    from glmkit.train.arguments import Recipe, load_recipe, recipe_names
+    from glmkit.train.fitting import as_json, check_fits, free_bytes, memory_bytes, model_plans
+    from glmkit.train.plan import place_of, plan_training
+
+    if name not in recipe_names(Recipe) and not name.endswith((".yaml", ".yml")):
+        plans = model_plans(name, tokens=context, rows=batch)
+        if json_:
+            print(json.dumps({"schema": 1, "plans": {key: as_json(one) for key, one in plans.items()}}, indent=2))
+        else:
+            print(table([(key, f"{one.peak / 1e9:.1f} GB") for key, one in plans.items()]))
+        return 0
+    recipe = load_recipe(name, overrides or ())
+    planned = plan_training(recipe, world=devices)
+    free = memory_bytes(memory) if memory else free_bytes(place_of(recipe.model))
+    if json_:
+        print(json.dumps({"schema": 1, "free_bytes": free, **as_json(planned)}, ensure_ascii=False, indent=2))
+    else:
+        print(planned if free is None else f"{planned}\n  {'free':<22}{free / 1e9:9.2f} GB")
+    if not force:
+        check_fits(planned, free, recipe, world=devices)
     return 0

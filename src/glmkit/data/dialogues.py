@@ -112,10 +112,10 @@ def _tools(value: Any) -> Any:
 
 
 def _learn(turn: Row, number: int) -> bool:
-    learn = turn.get("loss", True)
-    if not isinstance(learn, bool):
+    learn = turn.get("loss")
+    if not isinstance(learn, (bool, type(None))):
         raise DataError(f"message {number}: 'loss' must be true or false, this is {learn!r}")
-    return learn
+    return learn is not False
 
 
 def read_conversation(row: Row) -> Dialogue:
@@ -179,7 +179,10 @@ def read_sharegpt(row: Row) -> Dialogue:
 
 
 def _call(value: Any, place: str) -> Message:
-    """A call given as {"name": …, "arguments": …}, or as JSON text of that, the arguments perhaps JSON text again."""
+    """A call given as {"name": …, "arguments": …}, or as JSON text of that, the arguments perhaps JSON text again.
+
+    Some files say `parameters` for the arguments; a call without any may have null there.
+    """
     value = _parsed(value, place)
     if isinstance(value, list):
         if len(value) != 1:
@@ -189,7 +192,8 @@ def _call(value: Any, place: str) -> Message:
         value = value[0]
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str) or not value["name"]:
         raise DataError(f"{place} needs 'name' (text) and 'arguments' (object), this is {value!r:.80}")
-    arguments = _parsed(value.get("arguments", {}), place)
+    arguments = _parsed(value.get("arguments", value.get("parameters")), place)
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
         raise DataError(f"{place}: the arguments of {value['name']} must be an object, this is {arguments!r:.80}")
     return Message("assistant", "", value["name"], arguments=arguments)
@@ -218,8 +222,10 @@ def read_openai(row: Row) -> Dialogue:
             continue
         if waiting:
             raise DataError(f"{place} comes before the result of the call of {waiting[0][1].metadata}")
-        if role in ("system", "developer", "user"):
-            said.add(Message("user" if role == "user" else "system", _content(turn, place)))
+        if role == "user":
+            said.add(Message("user", _content(turn, place)))
+        elif role in ("system", "developer"):
+            said.add(Message("system", _content(turn, place), tools=_tools(turn.get("tools"))))
         elif role == "assistant":
             waiting = _assistant(said, turn, place)
         else:
@@ -233,10 +239,10 @@ def read_openai(row: Row) -> Dialogue:
 
 def _assistant(said: _Messages, turn: Row, place: str) -> list[tuple[str | None, Message, bool]]:
     """Adds what the assistant says; returns the calls that it makes."""
-    weight = turn.get("weight", 1)
-    if weight not in (0, 1):
+    weight = turn.get("weight")
+    if weight not in (0, 1, None):
         raise DataError(f"{place}: 'weight' must be 0 or 1, this is {weight!r}")
-    learn = bool(weight)
+    learn = weight != 0
     given = turn.get("tool_calls") or []
     if not isinstance(given, list) or not all(isinstance(call, Mapping) for call in given):
         raise DataError(f"{place}: 'tool_calls' must be a list of objects")

@@ -158,6 +158,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", {name: value for name, value in row.items() if value is not None}
+                    yield f"{path}, row {number}", _without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} is no whole Parquet file: {error}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value of Parquet without the fields that are null: an object there has all fields that any of its kind has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value

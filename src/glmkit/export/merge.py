@@ -11,6 +11,7 @@ compares its logits with those of base and adapter.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -226,9 +227,10 @@ class _Plan:
             tensor = dequantize_rows(tensor, self._read(self.folder, f"{name}_scale"), self.bits)
         if name in self.layers and isinstance(self.learnt, Lora):
             a, b, scale = self.learnt.matrices(self.layers[name].removesuffix(".weight"))
-            tensor = torch.addmm(tensor.float(), b, a, alpha=scale)
+            tensor = tensor.float().addmm_(b, a, alpha=scale)
         result = tensor.to(dtype)
-        if result.is_floating_point() and not torch.isfinite(result).all():
+        made = name in self.layers or dtype != self.folder.tensors[name].dtype
+        if made and not all(math.isfinite(end) for end in torch.aminmax(result)):  # without a copy, as isfinite needs
             raise OutputError(
                 f"{name} has numbers that {str(dtype).removeprefix('torch.')} does not hold",
                 hint="choose a wider dtype: --dtype bfloat16 or float32",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from glmkit.errors import TrainingError
+from glmkit.errors import TrainingError, UsageError
 from glmkit.train.arguments import Recipe
-from glmkit.train.plan import Plan, largest_batch, place_of, plan_training
+from glmkit.train.plan import Batch, Plan, Subject, largest_batch, place_of, plan_inference, plan_training, subject_of
 
 MOST_SHARE = 0.95  # of the free memory that a run may need
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30, "g": 10**9}
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -43,8 +46,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 def require_fit(
     recipe: Recipe, *, longest: tuple[int, int] | None = None, world: int = 1, local: int = 1, force: bool = False
-) -> Plan:
+) -> Plan | None:
     """Counts what a recipe needs on this machine, and refuses it if that is not there.
+
+    A model so small that it fits many times over is not counted; counting takes seconds.
 
     Args:
         recipe: What to do.
@@ -54,19 +59,32 @@ def require_fit(
         force: Do not refuse.
 
     Returns:
-        The plan.
+        The plan; None if there is room in any case.
 
     Raises:
         TrainingError: It needs more than 95 % of what is free; names the nearest settings that fit.
     """
-    plan = plan_training(recipe, longest=longest, world=world)
     device = place_of(recipe.model)
     free = free_bytes(device)
     if free is not None and device.type == "cpu":
         free //= local
+    subject = subject_of(recipe.model)
+    if free is not None and _at_most(subject, largest_batch(recipe, longest)) < free / 2:
+        return None
+    plan = plan_training(recipe, subject=subject, longest=longest, world=world)
     if not force:
         check_fits(plan, free, recipe, longest=longest, world=world)
     return plan
+
+
+def _at_most(subject: Subject, batch: Batch) -> float:
+    """More than any method can need, from the sizes alone: 16 bytes a parameter, and wide margins for a step."""
+    config: Any = subject.config
+    layers, width, words = config.num_hidden_layers, config.hidden_size, config.vocab_size
+    parameters = layers * 20 * width * width + 2 * words * width
+    columns = batch.rows * batch.tokens
+    seen = columns * batch.tokens * config.num_attention_heads  # scores, where they are kept
+    return 16 * parameters + 4 * layers * (100 * columns * width + 8 * seen) + 24 * batch.targets * words
 
 
 def check_fits(
@@ -146,3 +164,71 @@ def _changed(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         block, _, name = key.partition(".")
         values[block][name] = {"true": True}.get(value, int(value) if value.isdigit() else value)
     return Recipe(**values)
+
+
+# --- glm plan
+
+
+def memory_bytes(text: str) -> int:
+    """Reads an amount of memory.
+
+    Args:
+        text: A number with or without a unit: 24GB, 80 GiB, 500MB.
+
+    Raises:
+        UsageError: It is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        raise UsageError(f"{text!r} is no amount of memory", hint="24GB, 80GiB, 500MB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def model_plans(name: str, *, tokens: int = 2048, rows: int = 1) -> dict[str, Plan]:
+    """Plans a model in three weight formats: to answer, and to be tuned with the official scripts' lengths.
+
+    Args:
+        name: A folder, or the name of a model that need not be on this machine.
+        tokens: Context of an answer.
+        rows: Answers at a time, and rows of a batch.
+
+    Returns:
+        What is done and in which format -> its plan.
+
+    Raises:
+        UsageError: No such model.
+    """
+    plans: dict[str, Plan] = {}
+    formats = {"float16": None, "int8": "official-int8", "int4": "official-int4"}
+    for method in ("answer", "ptuning_v2", "lora", "full"):
+        for label, quantize in formats.items():
+            if method == "full" and quantize:
+                continue
+            recipe = Recipe(
+                model={"path": name, "quantize": quantize, "dtype": "float16", "device": "cuda"},
+                data={"train_file": "none", "max_source_length": 64, "max_target_length": 64},
+                method={"name": "full" if method == "answer" else method},
+                train={"per_device_train_batch_size": rows},
+                output={"dir": "none"},
+            )
+            subject: Subject = subject_of(recipe.model)
+            if method == "answer":
+                plans[f"{method}, {label}"] = plan_inference(subject, tokens=tokens, rows=rows)
+            else:
+                plans[f"{method}, {label}"] = plan_training(recipe, subject=subject)
+    return plans
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values.
+
+    Args:
+        plan: The plan.
+    """
+    return {
+        "what": plan.what,
+        "parts_bytes": {name: size for name, size in plan.parts.items() if size},
+        "peak_bytes": plan.peak,
+        "host_bytes": plan.host,
+        "disk_bytes": plan.disk,
+    }

@@ -218,7 +218,7 @@ class _Run:
         record.say(
             f"{self.method.describe()}; {learnt:,} of {every:,} parameters learn; weights {'/'.join(sorted(kinds))}, "
             f"products in {computes}; {processes.describe()}; {self.total_steps:,} steps of {self.batches_per_step} "
-            f"batches of {size}",
+            f"{'batch' if self.batches_per_step == 1 else 'batches'} of {size}",
             show=show,
         )
         record.facts |= {"method": self.method.describe(), "parameters that learn": f"{learnt:,} of {every:,}"}

@@ -4,8 +4,9 @@
     plan_training        weights, gradients, optimizer, activations, logits of one device: `glm plan RECIPE`
     plan_inference       weights, keys and values, activations: `glm plan MODEL`
 
-Whether that is there says `glmkit.train.fitting`. Activations and logits are not estimated by a formula: `glmkit.train.rehearsal` takes the step without numbers. What
-several processes share is counted by the rules of their engines.
+Whether so much is there says `glmkit.train.fitting`. Activations and logits are not estimated by a formula:
+`glmkit.train.rehearsal` takes the step without numbers. What several processes share is counted by the rules of their
+engines (`glmkit.train.sharing`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from glmkit.train.methods import make_method
 from glmkit.train.rehearsal import rehearse
 from glmkit.train.sharing import Sharing
 
-_GAPS = 0.35  # of small tensors, that a CPU's allocator adds; measured were 0.28 to 0.48
+_GAPS = 0.65  # of small tensors, that a CPU's allocator leaves beside them; measured were 0.5 to 1.0
 _PREFILL_TOKENS = 512  # of a prompt per call of the model, see glmkit.engine.decode
 _BITS = {"official-int8": 8, "official-int4": 4, "bnb-int8": 8, "bnb-nf4": 4}
 

@@ -250,7 +250,7 @@ class Several:
 
     def network(self) -> str:
         """Say over what gradients travel."""
-        return f"{dist.get_backend(dist.group.WORLD) if self.device.type == 'cpu' else _library(self.device)}"
+        return dist.get_default_backend_for_device(self.device)
 
 
 class LossOf(nn.Module):
@@ -328,7 +328,3 @@ class DataParallel(Several):
         """
         read_parts(folder, self.model, self.optimizer)
         load_generators(folder, self.device, self.rank)
-
-
-def _library(device: torch.device) -> str:
-    return dist.get_default_backend_for_device(device)

@@ -24,6 +24,7 @@ from glmkit.models.architectures import config_class
 from glmkit.tokenizers import load_tokenizer
 from glmkit.train import reopened
 from glmkit.train.arguments import DataBlock, ModelBlock, Recipe, load_recipe
+from glmkit.train.fitting import require_fit
 from glmkit.train.glm_examples import FORMATS as GLM_FORMATS
 from glmkit.train.glm_examples import (
     ClozeItem,
@@ -35,7 +36,6 @@ from glmkit.train.glm_examples import (
     seq2seq_examples,
 )
 from glmkit.train.loop import OnStep, TrainingResult, train
-from glmkit.train.plan import require_fit
 from glmkit.train.progress import Progress
 from glmkit.train.ranks import first_goes_first, loading_device
 from glmkit.train.run_folder import RunRecord, recorded

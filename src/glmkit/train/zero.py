@@ -131,15 +131,16 @@ class Zero(Several):
         return norm if math.isfinite(norm) and norm >= 0 else math.nan
 
     def skip(self) -> None:
-        """Clear gradients without a step."""
-        for parameter in self._parameters.values():
-            parameter.grad = None
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.stage < 3:
-            for number in list(self.optimizer.averaged_gradients):
-                self.optimizer.averaged_gradients[number] = None
-        else:
-            self.optimizer.averaged_gradients.clear()
+        """Clear gradients without a step: DeepSpeed does so itself when their norm is no number."""
+        name, no_norm = "scaled_global_norm", torch.tensor(math.nan, device=self.device)
+        unusable: Any = no_norm
+        if self.stage == 3:
+            name, unusable = "_get_norm_groups", [no_norm]
+        setattr(self.optimizer, name, lambda *_, **__: unusable)
+        try:
+            self.engine.step()
+        finally:
+            delattr(self.optimizer, name)  # that of the class is seen again
 
     def learnt(self) -> dict[str, Tensor] | None:
         """Gather what learns in float32, tensor after tensor; process 0 gets it."""
