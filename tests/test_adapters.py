@@ -150,7 +150,7 @@ def test_lora_is_what_peft_computes(family: str, bases: Callable[[str], Path], t
         {"exclude_modules": ["0.mlp.dense_h_to_4h"]},
     ]
     plain = logits(glmkit.load(folder, dtype="float32").model)
-    for number, form in enumerate(forms):
+    for number, form in enumerate(forms if family == "chatglm3" else forms[2:3]):
         torch.manual_seed(number)
         config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, **form)
         model = glmkit.load(folder, dtype="float32").model

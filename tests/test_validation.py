@@ -227,6 +227,29 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(tmp_path: Path, monkeypat
     assert same(weights(model), seen[4])
 
 
+def test_the_best_adapter_is_the_result_where_no_process_has_it_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Shared(OneProcess):
+        whole = False
+
+        def read(self, folder: Path) -> None:
+            raise AssertionError("an adapter is no part of the parts")
+
+    scripted(monkeypatch, [3.0, 2.0, 2.5])
+    recipe = make_recipe(
+        tmp_path, {"name": "lora"}, max_steps=6, eval_steps=2, save_steps=2, load_best_model_at_end=True
+    )
+    model = tiny_model()
+    result = train(
+        model, PadOnly(), recipe, examples(), examples(4), progress=False, processes=Shared(torch.device("cpu"), model)
+    )
+    assert result.result_dir is not None
+    file = "adapter_model.safetensors"
+    assert (result.result_dir / file).read_bytes() == (tmp_path / "step-4" / "adapter" / file).read_bytes()
+    assert (result.result_dir / "README.md").exists()
+
+
 def test_the_best_is_remembered_by_a_resumed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"max_steps": 10, "eval_steps": 2, "load_best_model_at_end": True, "early_stopping_patience": 4}
     scripted(monkeypatch, [3.0, 2.0, 2.5])

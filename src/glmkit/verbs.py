@@ -683,7 +683,6 @@ def _show_preview(recipe: Any, count: int) -> int:
     return 0
 
 
-
 def _named_adapters(given: Sequence[str] | None) -> str | dict[str, str] | None:
     """What followed each `--adapter`, as `glmkit.load` takes it: one folder, or names and folders."""
     if not given:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -190,6 +191,7 @@ class _Run:
         self.journal = Journal(output, writes=first, report_to=recipe.output.report_to, measure=self._measure)
         self.validation = Validation(tokenizer, block, held_out, processes)
         self.best = Best(block.metric_for_best_model)
+        self.best_adapter: Path | None = None  # what becomes the result as it is
         self.ended_early = False
         self.stepper = Stepper(block, processes, record)
         self.epoch_ends: dict[int, int] = {}
@@ -428,17 +430,23 @@ class _Run:
         publish(self.output / self.method.folder_name, self._write_result, processes=self.processes)
 
     def _write_result(self, folder: Path) -> None:
-        self._write_learnt(folder)
+        if self.best_adapter is None:
+            self._write_learnt(folder)
+        elif self.processes.rank == 0:
+            shutil.copytree(self.best_adapter, folder, dirs_exist_ok=True)
         if self.processes.rank == 0:
             text = card(self.recipe, self.method.describe(), self.journal.lines, self.method.folder_name)
             (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _take_best(self, folder: Path) -> None:
         """Bring back the weights of the best validation."""
+        learnt = folder / self.method.folder_name
         if self.processes.whole:
-            self.method.restore(self.model, folder / self.method.folder_name)
-        else:
+            self.method.restore(self.model, learnt)
+        elif read_json(folder / "state.json")["sharded"]:
             self.processes.read(folder)
+        else:  # an adapter lies there whole, and its tensors are spread over the processes
+            self.best_adapter = learnt
         self.record.say(f"the result is that of step {self.best.step}, with {self.best.metric} {self.best.value:.4f}")
 
 
