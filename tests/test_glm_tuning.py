@@ -315,6 +315,19 @@ def test_records_of_a_seq2seq_task(tokenizer: GLMBertTokenizer, tmp_path: Path) 
     assert whole[0].labels.tolist()[-3:] == [*tokenizer.encode_with_masks(" warm tea"), tokenizer.eop_token_id]
     with pytest.raises(UsageError, match="9 tokens of a source and 4 of a target are more than the 12"):
         seq2seq_examples(tokenizer, str(path), data, context=12)
+    for file, lines in (("b.source", "\ufeffsmall cup\r\nsmall\u2028cup\r\n"), ("b.target", "warm tea\nwarm\rtea\n")):
+        (tmp_path / file).write_bytes(lines.encode())
+    windows = seq2seq_examples(tokenizer, str(tmp_path / "b.source"), data)
+    (tmp_path / "c.source").write_text("small cup\nsmall cup\n")
+    (tmp_path / "c.target").write_text("warm tea\nwarm tea\n")
+    assert len(windows) == 2
+    assert (
+        windows[0].input_ids.tolist()
+        == seq2seq_examples(tokenizer, str(tmp_path / "c.source"), data)[0].input_ids.tolist()
+    )
+    (tmp_path / "c.target").write_bytes(b"\xff\n\xff\n")
+    with pytest.raises(DataError, match=r"c\.target is not UTF-8"):
+        seq2seq_examples(tokenizer, str(tmp_path / "c.source"), data)
     (tmp_path / "a.source").write_text("one\ntwo\n")
     (tmp_path / "a.target").write_text("one\n")
     with pytest.raises(DataError, match=r"has 2 lines and .*a\.target 1; expected a line for a line"):

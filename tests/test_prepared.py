@@ -317,7 +317,14 @@ def test_a_prepared_folder_is_what_datasets_reads(
     examples, again = examples_of(replace(reading, file=str(tmp_path / "out")), tokenizer)
     assert same(examples, made)
     assert again == report
-    assert len(examples_of(replace(reading, file=str(tmp_path / "out"), max_records=5), tokenizer)[0]) == 5
+    told: list[str] = []
+    other = replace(reading, file=str(tmp_path / "out"), max_records=5, loss_on="all", limits=Limits(total_tokens=9))
+    assert same(examples_of(other, tokenizer, say=told.append)[0], Examples(made[:5]))
+    (sentence,) = told
+    assert "was made with data.max_" in sentence
+    assert f"data.max_length={LIMITS.total_tokens} (now 9), data.loss_on=answers (now all); it stays" in sentence
+    examples_of(replace(reading, file=str(tmp_path / "out")), tokenizer, say=told.append)
+    assert told == [sentence]
     with pytest.raises(OutputError, match="exists and is not empty"):
         prepare(reading, tokenizer, tmp_path / "out")
 

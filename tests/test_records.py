@@ -382,6 +382,17 @@ def test_a_call_may_have_parameters_and_a_system_message_tools(tmp_path: Path) -
     assert record.messages[0] == Message("system", "a", tools=[ADD])
 
 
+def test_messages_of_glm4s_own_script(tmp_path: Path) -> None:
+    call = json.dumps({"name": "add", "arguments": {"a": 1}})
+    turns = [{"role": "user", "content": "b"}, {"role": "assistant", "content": call}]
+    end = [{"role": "observation", "content": "3"}, {"role": "assistant", "content": "c"}]
+    (record,) = read(tmp_path, {"messages": [*turns, *end]})
+    assert said(record)[1:3] == [("assistant", "", call, None, True), ("observation", "", "3", None, False)]
+    posted = {"role": "assistant", "content": None, "tool_calls": [tool_call("add", {"a": 1}, 1)]}
+    (record,) = read(tmp_path, {"messages": [turns[0], posted, *end]})
+    assert said(record)[1:3] == [("assistant", "add", "", {"a": 1}, True), ("observation", "", "3", None, False)]
+
+
 def test_places_are_exact_lines(tmp_path: Path) -> None:
     table = tmp_path / "data.csv"
     table.write_text('content,summary\n"two\nlines",b\n\nc,d\ne\nf,\n"g', encoding="utf-8")

@@ -209,13 +209,16 @@ def _parsed(value: Any, place: str) -> Any:
 
 
 def read_openai(row: Row) -> Dialogue:
-    """Messages as in the API. Calls made at once become calls one after the other, each with its result."""
+    """Messages as in the API. Calls made at once become calls one after the other, each with its result.
+
+    Files for GLM-4's own script have the role observation, behind a call that is text; that text stays as it is.
+    """
     said = _Messages()
     waiting: list[tuple[str | None, Message, bool]] = []  # calls without a result so far: id, call, whether learnt
     for number, turn in _turns(row, "messages", "conversations"):
         role = turn.get("role")
         place = f"message {number} ({role})"
-        if role in ("tool", "function"):
+        if role in ("tool", "function") or (role == "observation" and waiting):
             call = _answered(waiting, turn, place)
             said.add(call[1], call[2])
             said.add(Message("observation", _content(turn, place)))
@@ -226,10 +229,13 @@ def read_openai(row: Row) -> Dialogue:
             said.add(Message("user", _content(turn, place)))
         elif role in ("system", "developer"):
             said.add(Message("system", _content(turn, place), tools=_tools(turn.get("tools"))))
+        elif role == "observation":
+            said.add(Message("observation", _content(turn, place)))
         elif role == "assistant":
             waiting = _assistant(said, turn, place)
         else:
-            raise DataError(f"message {number} has the role {role!r}; expected system, user, assistant or tool")
+            expected = "system, user, assistant, tool or observation"
+            raise DataError(f"message {number} has the role {role!r}; expected {expected}")
     if len(waiting) > 1:
         raise DataError(f"the last message calls {len(waiting)} tools at once; GLM calls one and waits for its result")
     for _, message, learn in waiting:

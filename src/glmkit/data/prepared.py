@@ -40,6 +40,7 @@ from glmkit.writing import write_folder
 _VERSION = 1  # of how records become ids, where no probe shows it; raise it with every change
 _MANIFEST = "glmkit.json"
 _KEPT = 32  # folders in the cache; the ones that were not used for longest make room
+_LIMITS = {"max_source_length": "source_tokens", "max_target_length": "target_tokens", "max_length": "total_tokens"}
 _PROBE = (
     Message("user", "你好 1"),
     Message("assistant", "hello，2\n"),
@@ -185,7 +186,7 @@ def examples_of(
         DataError: The data cannot be used, or was prepared for another tokenizer.
     """
     if Path(reading.file).is_dir():
-        return _prepared(reading, tokenizer)
+        return _prepared(reading, tokenizer, say)
     if find_spec("datasets") is None:
         say("token ids are not kept for the next start: the package datasets is not installed")
         return _made(reading, tokenizer, processes, progress)
@@ -372,8 +373,8 @@ def _load(folder: Path, key: str | None = None) -> tuple[Examples, TruncationRep
         return None
 
 
-def _prepared(reading: Reading, tokenizer: Any) -> tuple[Examples, TruncationReport]:
-    """Examples that `prepare` wrote; the limits are those of then."""
+def _prepared(reading: Reading, tokenizer: Any, say: Callable[[str], None]) -> tuple[Examples, TruncationReport]:
+    """Examples that `prepare` wrote; the limits are those of then, which is said where they differ from now."""
     folder = Path(reading.file)
     again = f"write it again: glm data prepare --model MODEL --data FILE --output {folder}"
     if not (folder / _MANIFEST).is_file():
@@ -386,10 +387,21 @@ def _prepared(reading: Reading, tokenizer: Any) -> tuple[Examples, TruncationRep
     manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     if manifest.get("prepared", {}).get("tokenizer") != tokenizer_identity(tokenizer):
         raise DataError(f"{folder} was made for another tokenizer than this model's", hint=again)
+    then, now = _cutting(manifest["prepared"]), _cutting(asdict(reading))
+    other = ", ".join(f"data.{name}={then[name]} (now {now[name]})" for name in now if then.get(name) != now[name])
+    if other:
+        say(f"{folder} was made with {other}; it stays as it was made")
     examples, report = found
     if reading.max_records is not None and reading.max_records < len(examples):
         examples = Examples(examples[: reading.max_records])
     return examples, report
+
+
+def _cutting(settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides how records are cut and learnt, of a `Reading` as a dictionary, by the names of a recipe."""
+    limits = settings.get("limits") or {}
+    named = {recipe: limits.get(own) for recipe, own in _LIMITS.items()}
+    return named | {name: settings.get(name) for name in ("preset", "loss_on", "skip_overlength")}
 
 
 @contextlib.contextmanager

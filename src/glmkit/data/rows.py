@@ -53,11 +53,19 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
         return _parquet(path)
     if path.suffix.lower() == ".csv":
         return _csv(path)
-    text = _read_text(path)
+    text = read_text(path)
     return _array(path, text) if text.lstrip(_BLANK)[:1] == "[" else _lines(path, text)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Reads a text, with its line ends as they are and without a byte order mark.
+
+    Args:
+        path: The file.
+
+    Raises:
+        DataError: It is not UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -138,7 +146,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv_lines(path: Path) -> Iterator[str]:
     """Lines with their ends, as csv wants them, cut at newlines only."""
-    text = _read_text(path)
+    text = read_text(path)
     start = 0
     while start < len(text):
         end = text.find("\n", start) + 1 or len(text)

@@ -23,7 +23,7 @@ from glmkit.data.cloze import ClozeSample, collate_cloze, encode_cloze
 from glmkit.data.cloze_patterns import TASKS as CLOZE_TASKS
 from glmkit.data.cloze_records import read_cloze
 from glmkit.data.examples import Example, Examples, seq2seq_example
-from glmkit.data.rows import Unreadable, read_rows
+from glmkit.data.rows import Unreadable, read_rows, read_text
 from glmkit.data.seq2seq import TASKS as SEQ2SEQ_TASKS
 from glmkit.data.seq2seq import Seq2SeqTask, clean_summary, encode_seq2seq, without_filling
 from glmkit.errors import DataError, UsageError
@@ -263,7 +263,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, Any]]:
     for file in (path, beside):
         if not file.is_file():
             raise DataError(f"there is no file {file}", hint="NAME.source and NAME.target belong together")
-    sources, targets = (file.read_text(encoding="utf-8").rstrip("\n").split("\n") for file in (path, beside))
+    sources, targets = (read_text(file).rstrip("\r\n").split("\n") for file in (path, beside))
     if len(sources) != len(targets):
         raise DataError(f"{path} has {len(sources)} lines and {beside} {len(targets)}; expected a line for a line")
     for number, (source, target) in enumerate(zip(sources, targets), start=1):
