@@ -282,6 +282,11 @@ FACTS: dict[str, list[Fact]] = {
             lambda: a_small_mask(allow_is_causal_skip=False).tolist() == [[[[True, False], [True, True]]]],  # type: ignore[union-attr]
         ),
     ],
+    "transformers_logging": [
+        ("is_progress_bar_enabled()", lambda: takes(hf.transformers_logging.is_progress_bar_enabled)),
+        ("disable_progress_bar()", lambda: takes(hf.transformers_logging.disable_progress_bar)),
+        ("enable_progress_bar()", lambda: takes(hf.transformers_logging.enable_progress_bar)),
+    ],
 }
 
 

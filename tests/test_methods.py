@@ -729,3 +729,10 @@ def test_an_adapter_of_a_quantised_checkpoint_loads_onto_it(
     for base, quantize in (("stored", None), ("plain", f"official-int{bits}")):
         loaded = glmkit.load(tmp_path / base, adapter=tmp_path / "result", quantize=quantize).model
         torch.testing.assert_close(logits(loaded, family), logits(model.eval(), family), atol=1e-5, rtol=1e-5)
+
+
+def test_saving_a_whole_model_shows_no_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    method = make_method(MethodBlock(name="full"))
+    method.save(method.prepare(tiny_model("chatglm2")), NoTokenizer(), tmp_path)
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "model.safetensors").exists()

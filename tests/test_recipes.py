@@ -42,7 +42,7 @@ LORA_8 = {"method.name": "lora", "method.lora_rank": 8, "method.lora_alpha": 32,
           "method.target_modules": ["query_key_value"]}  # fmt: skip
 STEP_16 = {"train.per_device_train_batch_size": 1, "train.gradient_accumulation_steps": 16}
 CHATGLM3 = OFFICIAL_SCRIPT | {
-    "model.path": "chatglm3-6b", "data.max_source_length": 256, "data.max_target_length": 512, "data.num_proc": 16,
+    "model.path": "chatglm3-6b", "data.max_length": 769, "data.num_proc": 16,
     "train.max_steps": 3000, "train.learning_rate": 5e-5, "train.per_device_train_batch_size": 4,
     "train.per_device_eval_batch_size": 16, "train.eval_steps": 500, "train.save_steps": 500,
     "train.logging_steps": 10, "train.predict_with_generate": True, "train.max_predict_samples": 50,

@@ -325,14 +325,18 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_weights(tmp_path: Path)
 
 def test_learning_rates_by_hand() -> None:
     block = make_recipe(Path("x"), learning_rate=1.0, warmup_ratio=0.2).train
-    assert [learning_rate(step, 10, block) for step in (1, 2, 3, 10)] == pytest.approx([0.5, 1.0, 7 / 8, 0.0])
+    assert [learning_rate(step, 10, block) for step in (1, 2, 3, 10)] == pytest.approx([0.5, 1.0, 8 / 9, 1 / 9])
     cosine = block.model_copy(update={"lr_scheduler_type": "cosine", "lr_min_ratio": 0.1})
-    assert [learning_rate(step, 10, cosine) for step in (2, 6, 10)] == pytest.approx([1.0, 0.1 + 0.9 * 0.5, 0.1])
+    assert [learning_rate(step, 11, cosine) for step in (3, 7, 11)] == pytest.approx(
+        [1.0, 0.1 + 0.9 * (1 + math.cos(math.pi * 4 / 9)) / 2, 0.1 + 0.9 * (1 + math.cos(math.pi * 8 / 9)) / 2]
+    )
     linear = block.model_copy(update={"lr_min_ratio": 0.25, "warmup_ratio": 0.0})
-    assert [learning_rate(step, 4, linear) for step in (1, 2, 3, 4)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert [learning_rate(step, 4, linear) for step in (1, 2, 3, 4)] == pytest.approx([1.0, 13 / 16, 10 / 16, 7 / 16])
+    plain = linear.model_copy(update={"lr_min_ratio": 0.0})  # what transformers' schedule gives the official scripts
+    assert [learning_rate(step, 4, plain) for step in (1, 2, 3, 4)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
     assert learning_rate(1, 1, linear) == 1.0  # a run of one step learns
     counted = linear.model_copy(update={"warmup_steps": 3, "lr_min_ratio": 0.0})
-    assert [learning_rate(step, 7, counted) for step in (1, 2, 3, 5, 7)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5, 0.0])
+    assert [learning_rate(step, 7, counted) for step in (1, 2, 3, 5, 7)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.6, 0.2])
     assert learning_rate(1, 4, linear.model_copy(update={"warmup_steps": 0})) == 1.0
     constant = block.model_copy(update={"lr_scheduler_type": "constant", "warmup_ratio": 0.0})
     assert learning_rate(10, 10, constant) == 1.0

@@ -6,6 +6,8 @@ in the mathematics. So the edges are kept in one place; `tests/test_hf_contract.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import (  # public classes that users' code meets
@@ -39,6 +41,7 @@ from transformers.modeling_outputs import (
 from transformers.tokenization_utils_base import BatchEncoding
 from transformers.tokenization_utils_tokenizers import TokenizersBackend  # fast tokenizers
 from transformers.utils import cached_file  # single files of a hub id, with transformers' cache and offline rules
+from transformers.utils import logging as transformers_logging  # its progress bars, which checkpoints would show
 
 __all__ = [
     "AutoConfig",
@@ -70,6 +73,7 @@ __all__ = [
     "checkpoint_activations",
     "create_causal_mask",
     "set_generation_config",
+    "without_bars",
 ]
 
 
@@ -83,3 +87,15 @@ def checkpoint_activations(model: Any) -> None:
     """Lets blocks compute their activations again in the backward pass; the method's name changed in transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps transformers' progress bars back: a training run saves often and shows a bar of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

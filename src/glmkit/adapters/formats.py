@@ -30,7 +30,7 @@ from glmkit.pickles import printable
 
 logger = logging.getLogger("glmkit")
 
-_PREFIX = re.compile(r"(?:\w+\.)?prefix_encoder\.(?P<leaf>.+)")
+_PREFIX = re.compile(r"(?:\w+\.)*prefix_encoder\.(?P<leaf>.+)")
 _LORA = re.compile(r"(?:base_model\.model\.)?(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?P<name>[\w-]+))?\.weight")
 _LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 _PLAIN_PATTERN = re.compile(r"\^?[\w.-]+")

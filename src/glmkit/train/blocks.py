@@ -103,7 +103,7 @@ class ModelBlock(Block):
     @field_validator("quantize", mode="before")
     @classmethod
     def _bits(cls, value: Any) -> Any:
-        return {"4": "official-int4", "8": "official-int8"}.get(str(value), value)
+        return {"4": "official-int4", "8": "official-int8", "0": None, "none": None}.get(str(value).lower(), value)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelBlock:
@@ -344,7 +344,7 @@ class TrainBlock(Block):
     lr_scheduler_type: Literal["linear", "cosine", "exponential", "constant"] = "linear"
     """How the learning rate falls after the warm-up; all but constant end at lr_min_ratio."""
     lr_min_ratio: float = Field(0.0, ge=0, le=1)
-    """Learning rate at the last step, as a part of learning_rate."""
+    """Learning rate at the end (at lr_decay_steps, else behind the last step), as a part of learning_rate."""
     lr_decay_steps: int | None = Field(None, ge=1)
     """Step at which the learning rate has fallen, and of which warmup_ratio is a part, instead of the last one."""
     warmup_ratio: float = Field(0.0, ge=0, le=1)
@@ -371,8 +371,8 @@ class TrainBlock(Block):
     """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: float = Field(1e-8, gt=0)
     """Added to the root of AdamW's mean of squared gradients."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm; 0: never."""
     bf16: bool = False
     """Compute matrix products in bfloat16 (weights, loss and optimizer stay float32)."""
     fp16: bool = False
@@ -422,7 +422,7 @@ class TrainBlock(Block):
         if self.lr_scheduler_type == "exponential" and self.lr_min_ratio == 0:
             raise ValueError("an exponential learning rate never reaches 0; set lr_min_ratio")
         if self.bf16 and self.fp16:
-            raise ValueError("bf16 and fp16 are both set; choose one")
+            raise ValueError("bf16 and fp16 are both set; set train.bf16=false or train.fp16=false")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both set; choose one")
         return self

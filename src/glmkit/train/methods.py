@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from glmkit import hf
 from glmkit.adapters import Prefix, open_adapter, read_adapter
 from glmkit.errors import TrainingError, UsageError
 from glmkit.models.prefix_encoder import PrefixTuned
@@ -89,7 +90,8 @@ class FullMethod:
             whole = {**model.state_dict(), **state}
             for copy, table in (getattr(model, "_tied_weights_keys", None) or {}).items():
                 whole[copy] = whole[table]
-        model.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]
+        with hf.without_bars():
+            model.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
 
     def restore(self, model: nn.Module, folder: Path) -> None:

@@ -52,16 +52,21 @@ def learning_rate(step: int, total_steps: int, block: TrainBlock) -> float:
 
     Returns:
         The rate: rising linearly to the highest over the warm-up (without one the first step has the highest), then
-        falling to `lr_min_ratio` of it at step `lr_decay_steps`, or at the last one.
+        falling to `lr_min_ratio` of it at step `lr_decay_steps`, or one step behind the last, so that the last one
+        learns too, as with the schedules of the official scripts.
     """
-    last = block.lr_decay_steps or total_steps
-    warmup_steps = math.ceil(block.warmup_ratio * last) if block.warmup_steps is None else block.warmup_steps
+    end = block.lr_decay_steps or total_steps + 1
+    warmup_steps = (
+        math.ceil(block.warmup_ratio * (block.lr_decay_steps or total_steps))
+        if block.warmup_steps is None
+        else block.warmup_steps
+    )
     if step <= warmup_steps:
         return block.learning_rate * step / warmup_steps
     if block.lr_scheduler_type == "constant":
         return block.learning_rate
     highest = max(1, warmup_steps)  # the step with the highest rate
-    done = min(1.0, (step - highest) / max(1, last - highest))
+    done = min(1.0, (step - highest) / max(1, end - highest))
     if block.lr_scheduler_type == "exponential":
         return block.learning_rate * block.lr_min_ratio**done
     fall = 1 - done if block.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2

@@ -175,7 +175,8 @@ def _without_numbers(model: nn.Module, ledger: _Ledger) -> Iterator[None]:
     """Replaces parameters and buffers on the meta device by such that claim to be on the CPU and have no memory."""
     made: dict[int, tuple[Tensor, Tensor]] = {}  # the old one too, so that its id stays its own
     for module in model.modules():
-        for slots in (module._parameters, module._buffers):
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for slots in tables:
             for name, old in slots.items():
                 if old is None:
                     continue

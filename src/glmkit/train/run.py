@@ -118,6 +118,8 @@ def _preflight(recipe: Recipe, data: _Data, record: RunRecord, force: bool) -> N
     """Refuse what cannot fit, before the weights are read."""
     world, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     plan = require_fit(recipe, longest=data.longest(), world=world, local=local, force=force)
+    if plan is None:  # so small that counting would take longer than it is worth
+        return
     record.facts["memory planned"] = f"{plan.peak / 1e9:.2f} GB on each device"
     record.sections["Memory planned"] = f"```text\n{plan}\n```"
 

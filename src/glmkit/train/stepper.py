@@ -61,7 +61,7 @@ class Stepper:
         (loss_value,) = self.processes.sums(torch.stack(losses).sum().item())
         rate = learning_rate(step, total_steps, block)
         if math.isfinite(loss_value):
-            norm = self.processes.step(rate, block.max_grad_norm, self.scale.scale)
+            norm = self.processes.step(rate, block.max_grad_norm or math.inf, self.scale.scale)
         else:
             norm = math.nan
             self.processes.skip()
