@@ -84,7 +84,7 @@ def subject_and_recipe(case: Case) -> tuple[Any, Any]:
         output={"dir": "none"},
     )
     if case.model == "nano":
-        return subject_of(recipe.model), recipe
+        return subject_of(recipe.base), recipe
     family = find_family(case.model)
     assert family is not None
     sizes = {**family.sizes, **case.sizes}

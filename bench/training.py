@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glmkit import hf
 from glmkit.data.examples import IGNORED, Example
 from glmkit.loading import load
 from glmkit.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM
@@ -83,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     block = MethodBlock(name=arguments.method, lora_dropout=0.0)
     prepared = make_method(block).prepare(model)
     if arguments.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        hf.checkpoint_activations(model)
     prepared.train()
     examples = make_examples(arguments.lengths, arguments.records, model.config.padded_vocab_size)
     step = _ours if arguments.variant == "ours" else _official
@@ -183,12 +184,13 @@ def _official(model: Any, examples: list[Example], arguments: argparse.Namespace
 def _ours(model: Any, examples: list[Example], arguments: argparse.Namespace) -> Step:
     """What the loop does with the same records, a window of them for each step."""
     block = TrainBlock(per_device_train_batch_size=arguments.batch)
+    pack_to = MAXIMUM["2048"] if arguments.packing else None
     alone = OneProcess(torch.device("cpu"))
     alone.prepare(model, lambda module: _optimizer(module, arguments.method, fused=True))
 
     def step(number: int) -> tuple[int, float]:
         members = _members(examples, number)
-        windows = Records(members, 0, block, **_packing(arguments)).windows({}, ACCUMULATION)
+        windows = Records(members, 0, block, pack_to=pack_to).windows({}, ACCUMULATION)
         window = next(windows)
         label_tokens = sum(batch.label_tokens for batch in window.batches)
         total = 0.0
@@ -200,10 +202,6 @@ def _ours(model: Any, examples: list[Example], arguments: argparse.Namespace) ->
         return sum(batch.tokens for batch in window.batches), total / label_tokens
 
     return step
-
-
-def _packing(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"packing": MAXIMUM["2048"]} if arguments.packing else {}
 
 
 def _members(examples: list[Example], number: int) -> list[Example]:

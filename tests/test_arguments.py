@@ -243,3 +243,27 @@ def test_a_recipe_is_kept_as_given_and_with_the_origin_of_every_value(recipe_fil
     made = Recipe.model_validate({"model": {"path": "m"}, "data": {"train_file": "d"}, "output": {"dir": "o"}})
     assert yaml.safe_load(as_given(made)) == made.model_dump(exclude_unset=True)
     assert as_resolved(made).count("# recipe") == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "dtype", "loaded"),
+    [
+        ("lora", {"bf16": True}, "auto", "bfloat16"),
+        ("ptuning_v2", {"fp16": True}, "auto", "float16"),
+        ("lora", {}, "auto", "auto"),
+        ("lora", {"bf16": True}, "float32", "float32"),
+        ("full", {"bf16": True}, "auto", "auto"),
+        ("freeze", {"bf16": True}, "auto", "auto"),
+    ],
+)
+def test_what_stays_as_it_is_is_loaded_in_the_dtype_of_the_products(
+    method: str, precision: dict[str, bool], dtype: str, loaded: str
+) -> None:
+    content = {
+        "model": {"path": "x", "dtype": dtype},
+        "data": {"train_file": "x"},
+        "method": {"name": method},
+        "train": precision,
+        "output": {"dir": "x"},
+    }
+    assert Recipe.model_validate(content).base.dtype == loaded

@@ -17,18 +17,22 @@ import tiny_families
 from glmkit import cli, verbs
 from glmkit.data.cloze_patterns import TASKS as CLOZE_TASKS
 from glmkit.data.seq2seq import TASKS as SEQ2SEQ_TASKS
+from glmkit.errors import DataError
 from glmkit.families import find_family
 from glmkit.models.glm import GLMForConditionalGeneration
 from glmkit.models.glm_config import GLMConfig
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 from glmkit.tokenizers.glm import GLMBertTokenizer
-from glmkit.train.arguments import PretrainRecipe, Recipe, load_recipe, recipe_names
+from glmkit.train.arguments import VERBS, EvaluationRecipe, Recipe, load_recipe, recipe_names
+from glmkit.train.evaluation import evaluate
 from glmkit.train.packaged import head_of, packaged_file, packaged_names, recipe_text
 from glmkit.train.run import finetune
 from glmkit.train.zero_config import read_config, stage_of
 from tiny import sizes, train_tokenizer, write_model
 
 TUNING = recipe_names()
+EVALUATING = recipe_names(EvaluationRecipe)
+VERB_OF = {name: verb for kind, verb in VERBS.items() for name in recipe_names(kind)}
 ADGEN = [name for name in TUNING if name.startswith("adgen_")]
 
 # --- what the sources say ---
@@ -119,6 +123,38 @@ SOURCES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+MINDFORMERS_EVAL = {
+    "model.dtype": "float16", "data.max_source_length": 256, "evaluate.task": "adgen",
+    "evaluate.per_device_eval_batch_size": 8, "evaluate.max_target_length": 256, "evaluate.temperature": 0,
+}  # fmt: skip
+EVALUATION_SOURCES: dict[str, dict[str, Any]] = {
+    "adgen_full_eval": MINDFORMERS_EVAL | {"model.path": "output/adgen_full/model", "model.adapter": None},
+    "adgen_lora_eval": MINDFORMERS_EVAL | {
+        "model.path": "chatglm2-6b", "model.adapter": "output/adgen_lora/adapter",
+    },
+    "adgen_ptuning_eval": {
+        "model.path": "chatglm2-6b", "model.quantize": "official-int4",
+        "model.adapter": "output/adgen_ptuning/adapter", "data.max_source_length": 64, "evaluate.task": "adgen",
+        "evaluate.per_device_eval_batch_size": 1, "evaluate.max_target_length": 64, "evaluate.temperature": 0.95,
+        "evaluate.top_p": 0.7,
+    },
+    "tools_eval": {
+        "model.path": "chatglm3-6b", "model.adapter": "output/toolalpaca_lora/adapter", "evaluate.task": "tools",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATING)
+def test_an_evaluation_is_that_of_its_source(name: str) -> None:
+    recipe = load_recipe(name, kind=EvaluationRecipe).model_dump()
+    wanted = EVALUATION_SOURCES[name]
+    assert {key: recipe[key.partition(".")[0]][key.partition(".")[2]] for key in wanted} == wanted
+    # What a recipe measures is what another one leaves behind, and each has a folder of its own.
+    folders = {load_recipe(one).output.dir for one in TUNING}
+    measured = recipe["model"]["adapter"] or recipe["model"]["path"]
+    assert str(Path(measured).parent) in folders
+    assert recipe["evaluate"]["output_dir"] == f"output/{name}"
+
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_settings_are_those_of_the_source(name: str) -> None:
@@ -129,6 +165,7 @@ def test_settings_are_those_of_the_source(name: str) -> None:
 
 def test_every_recipe_with_a_source_is_compared_with_it() -> None:
     assert set(SOURCES) == set(TUNING) - {"nano", "nano_mixed", "quickstart"}
+    assert set(EVALUATION_SOURCES) == set(EVALUATING)
 
 
 def test_the_lengths_of_tasks_are_the_published_ones() -> None:
@@ -157,7 +194,7 @@ def test_the_configurations_of_deepspeed_fit(stage: int) -> None:
 # --- heads ---
 
 
-@pytest.mark.parametrize("name", [*TUNING, *recipe_names(PretrainRecipe)])
+@pytest.mark.parametrize("name", VERB_OF)
 def test_a_head_says_what_a_recipe_needs(name: str) -> None:
     head = head_of(recipe_text(name))
     assert head.title
@@ -167,7 +204,7 @@ def test_a_head_says_what_a_recipe_needs(name: str) -> None:
     assert not [line for line in recipe_text(name).splitlines() if len(line) > 140]
 
 
-@pytest.mark.parametrize("name", [*TUNING, *recipe_names(PretrainRecipe)])
+@pytest.mark.parametrize("name", VERB_OF)
 def test_the_command_of_a_head_is_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The last one runs this recipe, and its changes are settings."""
     command = shlex.split(head_of(recipe_text(name)).facts["command"].splitlines()[-1])
@@ -177,10 +214,9 @@ def test_the_command_of_a_head_is_one(name: str, capsys: pytest.CaptureFixture[s
         assert command[3:5] == ["-m", "glmkit"]
         assert command[2] == ("4" if name == "chatglm3_full" else "8")
         command = ["glm", *command[5:]]
-    verb = "finetune" if name in TUNING else "pretrain"
-    assert command[:3] == ["glm", verb, name]
+    assert command[:3] == ["glm", VERB_OF[name], name]
     assert cli.run([*command[1:], "--dry-run"]) == 0
-    assert "learning_rate" in capsys.readouterr().out
+    assert ("max_target_length" if name in EVALUATING else "learning_rate") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ADGEN)
@@ -207,12 +243,72 @@ def test_models_of_recipes_are_known() -> None:
 
 
 def test_all_recipes_pass_a_dry_run_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in TUNING:
+    kinds: dict[str, Any] = dict.fromkeys(TUNING, Recipe) | dict.fromkeys(EVALUATING, EvaluationRecipe)
+    for name, kind in kinds.items():
         started = time.monotonic()
-        assert cli.run(["finetune", name, "--dry-run"]) == 0
+        assert cli.run([VERB_OF[name], name, "--dry-run"]) == 0
         assert time.monotonic() - started < 5, name
         printed = yaml.safe_load(capsys.readouterr().out)
-        assert Recipe.model_validate(printed).model_dump() == load_recipe(name).model_dump()
+        assert kind.model_validate(printed).model_dump() == load_recipe(name, kind=kind).model_dump()
+
+
+def test_flags_and_a_recipe_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "m", "--adapter", "a #1", "--dtype", "float32", "--device", "cpu", "-q", "official-int8"]
+    flags += ["--family", "chatglm2-6b", "--data", "d.json", "--limit", "3", "--batch-size", "2", "--max-tokens", "9"]
+    flags += ["--temperature", "0.5", "--top-p", "0.8", "--seed", "7", "-o", "out", "--dry-run"]
+    assert cli.run(["evaluate", "tools", *flags]) == 0
+    alone = yaml.safe_load(capsys.readouterr().out)
+    assert alone["model"] == {
+        "path": "m", "init": None, "tokenizer": None, "dtype": "float32", "device": "cpu", "family": "chatglm2-6b",
+        "quantize": "official-int8", "adapter": "a #1",
+    }  # fmt: skip
+    assert (alone["data"]["file"], alone["data"]["max_samples"]) == ("d.json", 3)
+    assert alone["evaluate"] == {
+        "task": "tools", "per_device_eval_batch_size": 2, "max_target_length": 9, "temperature": 0.5, "top_p": 0.8,
+        "seed": 7, "output_dir": "out",
+    }  # fmt: skip
+    assert cli.run(["evaluate", "tools_eval", *flags]) == 0  # flags change a recipe, too
+    assert yaml.safe_load(capsys.readouterr().out) == alone
+    assert cli.run(["evaluate", "adgen", "--data", "d.json", "--max_source_length", "64", "--dry-run"]) == 0
+    default = yaml.safe_load(capsys.readouterr().out)
+    assert (default["model"]["path"], default["data"]["max_source_length"]) == ("glm-nano", 64)
+    assert default["evaluate"] == {
+        "task": "adgen", "per_device_eval_batch_size": 8, "max_target_length": 256, "temperature": 0.0, "top_p": 1.0,
+        "seed": None, "output_dir": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "hint"),
+    [
+        (["evaluate", "adgen_lora"], "adgen_lora is not for this verb", "glm finetune adgen_lora"),
+        (["evaluate", "glm_pretrain_small"], "is not for this verb", "glm pretrain glm_pretrain_small"),
+        (["finetune", "tools_eval"], "tools_eval is not for this verb", "glm evaluate tools_eval"),
+        (["evaluate", "adgen_lora_evla"], "no recipe of that name", "did you mean glm evaluate adgen_lora_eval?"),
+        (["evaluate"], "missing argument 'TASK'", "adgen or tools, or a recipe"),
+        (["evaluate", "tools"], "--data is missing", "--data dev.json"),
+        (["evaluate", "tuning.yaml"], "tuning.yaml has no block 'evaluate'", "glm finetune tuning.yaml"),
+        (["finetune", "eval.yaml"], "eval.yaml has a block 'evaluate'", "glm evaluate eval.yaml"),
+        (["evaluate", "tools_eval", "data.max_source_length=64"], "tools_eval: data.max_source_length is for", ""),
+        (["evaluate", "tools_eval", "model.tokenizer=t"], "an existing model is measured: give model.path", ""),
+        (["evaluate", "tools_eval", "max_token=3"], "no key 'max_token'", "did you mean"),
+    ],
+)
+def test_mistakes_with_evaluations(
+    words: list[str],
+    error: str,
+    hint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tuning.yaml").write_text(recipe_text("adgen_lora"))
+    Path("eval.yaml").write_text(recipe_text("tools_eval"))
+    assert cli.run([*words, "--dry-run"]) == 2
+    printed = capsys.readouterr().err
+    assert error in printed
+    assert hint in printed
 
 
 def test_recipes_are_listed_shown_and_copied(
@@ -222,7 +318,7 @@ def test_recipes_are_listed_shown_and_copied(
     assert cli.run(["recipe", "list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == packaged_names()
-    assert {"deepspeed_zero2", "deepspeed_zero3", "glm_pretrain_small", *TUNING} <= set(listed)
+    assert {"deepspeed_zero2", "deepspeed_zero3", "glm_pretrain_small", *TUNING, *EVALUATION_SOURCES} <= set(listed)
     assert cli.run(["recipe", "list", "--long"]) == 0
     assert "memory: 7 GB in all" in capsys.readouterr().out
     assert cli.run(["recipe", "list", "--json"]) == 0
@@ -259,6 +355,10 @@ def test_a_setting_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("model.path")] == [
         "model.path  TEXT"
     ] * 2
+    assert cli.run(["recipe", "explain", "evaluate.max_new_tokens"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "evaluate.max_target_length  N"
+    assert lines[-1].split() == ["tools_eval", "256"]
     assert cli.run(["recipe", "explain", "learning_rat"]) != 0
     assert "did you mean 'train.learning_rate'?" in capsys.readouterr().err
 
@@ -358,6 +458,66 @@ def test_a_recipe_runs_from_end_to_end(name: str, models: dict[str, Path], tmp_p
     assert (recipe.data.eval_file is None) == (result.eval_loss is None)
 
 
+def small_evaluation(name: str, models: dict[str, Path], folder: Path) -> list[str]:
+    """The changes that make an evaluation fit for a small model, which nobody has tuned."""
+    recipe = load_recipe(name, kind=EvaluationRecipe)
+    file = folder / "dev.jsonl"
+    rows = ROWS["toolalpaca" if recipe.evaluate.task == "tools" else "adgen"][:3]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path = models.get(str(recipe.model.path), models["chatglm2-6b"])
+    changes = [f"data.file={file}", f"model.path={path}", "model.dtype=float32", "model.adapter=null"]
+    return [*changes, "evaluate.max_target_length=4", f"evaluate.output_dir={folder / 'results'}"]
+
+
+@pytest.mark.parametrize("name", EVALUATING)
+def test_an_evaluation_runs_from_end_to_end(
+    name: str, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name != "tools_eval":
+        pytest.importorskip("jieba")
+    changes = small_evaluation(name, models, tmp_path)
+    assert cli.run(["evaluate", name, *changes, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["schema"], found["output"]) == (1, str(tmp_path / "results"))
+    again = evaluate(name, [*changes[:-1], f"output_dir={tmp_path / 'again'}"])
+    timeless = {key: value for key, value in again.results.items() if "runtime" not in key and "second" not in key}
+    assert timeless.items() <= found["results"].items()
+    if name == "tools_eval":
+        assert found["results"]["call_turns"] == 3
+        assert json.loads((tmp_path / "results" / "tool_call_results.json").read_text()) == found["results"]
+    else:
+        assert found["results"]["predict_samples"] == 3
+        lines = (tmp_path / "results" / "generated_predictions.txt").read_text(encoding="utf-8")
+        assert lines == (tmp_path / "again" / "generated_predictions.txt").read_text(encoding="utf-8")
+
+
+def test_a_tuned_adapter_is_measured_from_end_to_end(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("jieba")
+    tuned = finetune("adgen_lora", [*small("adgen_lora", models, tmp_path), "train.learning_rate=0.5"], progress=False)
+    changes = small_evaluation("adgen_lora_eval", models, tmp_path)
+    answers = []
+    for adapter in ("null", str(tuned.result_dir)):
+        folder = tmp_path / Path(adapter).name
+        found = evaluate("adgen_lora_eval", [*changes, f"model.adapter={adapter}", f"output_dir={folder}"])
+        assert found.output_dir == folder
+        answers.append((folder / "generated_predictions.txt").read_text(encoding="utf-8"))
+    assert answers[0] != answers[1]
+    # Longer questions are shortened in their text, and one is told how many.
+    long = tmp_path / "long.jsonl"
+    rows = [{"content": text, "summary": "rice"} for text in ("tea" + " rice" * 90, "tea")]
+    long.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    changes += [f"data.file={long}", "data.max_source_length=40", f"evaluate.output_dir={tmp_path / 'long'}"]
+    assert cli.run(["evaluate", "adgen_lora_eval", *changes]) == 0
+    assert "1 prompts were shortened to data.max_source_length=40\n" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"the limit is 4\b") as refused:
+        evaluate("adgen_lora_eval", [*changes, "data.max_source_length=4"])
+    assert refused.value.hint == "raise data.max_source_length, or data.max_source_length=null"
+
+
 # --- the guides ---
 
 GUIDES = [Path(__file__).parent.parent / "docs" / name for name in ("finetuning.md", "migration.md")]
@@ -388,6 +548,8 @@ def test_tuning_commands_of_the_guides_are_checked_runs(page: Path, capsys: pyte
             kept += [] if "--dry-run" in kept else ["--dry-run"]
             assert cli.run(kept) == 0, (line, capsys.readouterr().err)
             seen += 1
+        elif line[1:2] == ["evaluate"] and len(line) > 2:
+            assert cli.run([*line[1:], "--dry-run"]) == 0, (line, capsys.readouterr().err)
     assert seen > 10
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from glmkit.cli import unknown_verb
-from glmkit.errors import MissingDependencyError, UsageError
+from glmkit.errors import UsageError
 
 # Flags as other tools call them; they work and do not clutter the help.
 _FLAG_SYNONYMS = {
@@ -47,6 +46,7 @@ class _RecipeVerb(_Verb):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {flag: not getattr(one, "is_flag", False) for one in self.params for flag in one.opts}
+        args = [_canonical_flag(argument, set(own)) for argument in args]
         if any(argument.partition("=")[0] not in own for argument in args if argument.startswith("--")):
             from glmkit.train.flags import settings_from_flags
 
@@ -62,9 +62,9 @@ class _RecipeVerb(_Verb):
         return f"{super().get_help(ctx)}\n\n{settings_help(self._kind())}"
 
     def _kind(self) -> Any:
-        from glmkit.train.arguments import PretrainRecipe, Recipe
+        from glmkit.train.arguments import VERBS
 
-        return Recipe if self.name == "finetune" else PretrainRecipe
+        return next(kind for kind, verb in VERBS.items() if verb == self.name)
 
 
 class _Verbs(TyperGroup):
@@ -354,91 +354,86 @@ def pretrain(
     return _end_of_training(train(checked, resume=resume, allow_change=allow_change).training)
 
 
-@_verb("Measure a model on a task.")
+@_verb("Measure a model on a task, or as a recipe says.", cls=_RecipeVerb)
 def evaluate(
     task: Annotated[
-        str, typer.Argument(help="adgen: advertising copy, BLEU-4 and ROUGE; tools: calls of tools in dialogues.")
-    ],
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder, model name or hub id.")] = "glm-nano",
+        str,
+        typer.Argument(
+            help="adgen: advertising copy, BLEU-4 and ROUGE; tools: calls of tools in dialogues; "
+            "or a YAML file, or the name of a recipe of this package.",
+            metavar="TASK|RECIPE",
+        ),
+    ] = "",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it, such as data.file=dev.json.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    set_: Set = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder, model name or hub id; a task alone asks glm-nano.")
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Records: docs/data.md has their forms.")] = None,
     adapter: Adapter = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first records.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers written together.")] = 8,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the likeliest.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="1 is off.")] = 1.0,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Answers written together.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 always takes the likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="1 is off.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes sampled answers repeatable.")] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Folder for predictions and results; a new one by default.")
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for predictions and results.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1, npu, ...")] = None,
     quantize: Quantize = None,
     family: FamilyName = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe, print it whole, and leave.")] = False,
+    schema: Schema = False,
     json_: Json = False,
     yes: Yes = False,
 ) -> int:
-    """Evaluates and prints the results."""
-    _check_task(task)
-    if data is None:
-        raise UsageError("--data is missing: the records to evaluate on", hint="--data dev.json, for instance of ADGEN")
-    if task == "adgen" and find_spec("jieba") is None:  # before the answers are written, not after
-        raise MissingDependencyError("jieba", "evaluate")
-    from glmkit.data.records import read_records
-    from glmkit.location import locate
+    """Evaluates and prints the results; the flags and a recipe are two ways to say the same."""
+    from glmkit.train.arguments import EvaluationRecipe, one_line
 
-    records = read_records(data, limit=limit)
-    locate(model, download=yes)  # a wrong name should not cost the seconds that the imports below take
-    from glmkit.engine.sampling import SamplingOptions
-    from glmkit.evaluate.adgen import evaluate_adgen
-    from glmkit.loading import load
-    from glmkit.train.progress import Progress
-
-    options = SamplingOptions(temperature=temperature, top_p=top_p, seed=seed)
-    loaded = load(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, family=family, download=yes)
-    if task == "tools":
-        return _evaluate_tools(loaded, records, max_tokens, batch_size, {"model": model, "adapter": adapter}, json_)
-    folder = Path(output) if output else _new_folder(task, loaded.path.name)
-    with Progress("answering", len(records)) as bar:
-        results = evaluate_adgen(
-            loaded.model,
-            loaded.tokenizer,
-            records,
-            options=options,
-            max_new_tokens=max_tokens,
-            batch_size=batch_size,
-            output_dir=folder,
-            progress=lambda done, _: bar.update(done),
-            identity={"model": str(loaded.path), "adapter": adapter, "dtype": dtype, "quantize": quantize},
-        )
-    if json_:
-        described = {"schema": 1, "task": task, "model": model, "adapter": adapter, "output": str(folder)}
-        print(json.dumps(described | {"results": results}, ensure_ascii=False, indent=2))
+    if schema:
+        return _show_schema(EvaluationRecipe)
+    flags = {
+        "model.path": model, "model.adapter": adapter, "model.dtype": dtype, "model.device": device,
+        "model.quantize": quantize, "model.family": family, "data.file": data, "data.max_samples": limit,
+        "evaluate.per_device_eval_batch_size": batch_size, "evaluate.max_target_length": max_tokens,
+        "evaluate.temperature": temperature, "evaluate.top_p": top_p, "evaluate.seed": seed,
+        "evaluate.output_dir": output,
+    }  # fmt: skip
+    changes = [*(set_ or ()), *(f"{key}={one_line(value)}" for key, value in flags.items() if value is not None)]
+    if task in _TASKS:
+        if data is None and not overrides and not set_:
+            hint = "--data dev.json, for instance of ADGEN"
+            raise UsageError("--data is missing: the records to evaluate on", hint=hint)
+        changes = ["model.path=glm-nano", f"evaluate.task={task}", *(overrides or ()), *changes]
+        checked = _read_recipe("", changes, None, EvaluationRecipe)
     else:
-        print(table([(name.removeprefix("predict_"), str(value)) for name, value in results.items()]))
-        print(f"predictions and results in {folder}", file=sys.stderr)
-    return 0
+        _check_task(task)
+        checked = _read_recipe(task, overrides, changes, EvaluationRecipe)
+    if dry_run:
+        return _show_recipe(checked)
+    return _show_evaluation(checked, json_, yes)
 
 
-def _evaluate_tools(
-    loaded: Any, records: Sequence[Any], max_tokens: int, batch_size: int, identity: dict[str, Any], as_json: bool
-) -> int:
-    from glmkit.evaluate.tool_calls import evaluate_tool_calls, turns
-    from glmkit.train.progress import Progress
+def _show_evaluation(recipe: Any, as_json: bool, download: bool) -> int:
+    from glmkit.train.evaluation import evaluate as run
 
-    with Progress("answering", len(turns(loaded.tokenizer, records))) as bar:
-        results = evaluate_tool_calls(
-            loaded.model,
-            loaded.tokenizer,
-            records,
-            max_new_tokens=max_tokens,
-            batch_size=batch_size,
-            progress=lambda done, _: bar.update(done),
-        )
+    found = run(recipe, download=download)
+    task = recipe.evaluate.task
     if as_json:
-        print(json.dumps({"schema": 1, "task": "tools", **identity, "results": results}, ensure_ascii=False, indent=2))
-    else:
-        print(table([(name, str(value)) for name, value in results.items()]))
+        described = {"schema": 1, "task": task, "model": recipe.model.path, "adapter": recipe.model.adapter}
+        folder = {} if found.output_dir is None else {"output": str(found.output_dir)}
+        print(json.dumps(described | folder | {"results": found.results}, ensure_ascii=False, indent=2))
+        return 0
+    print(table([(name.removeprefix("predict_"), str(value)) for name, value in found.results.items()]))
+    if found.shortened:
+        limit = recipe.data.max_source_length
+        print(f"{found.shortened} prompts were shortened to data.max_source_length={limit}", file=sys.stderr)
+    if found.output_dir is not None:
+        what = "predictions and results" if task == "adgen" else "results"
+        print(f"{what} in {found.output_dir}", file=sys.stderr)
     return 0
 
 
@@ -595,19 +590,25 @@ def _end_of_training(result: Any) -> int:
 
 
 def _check_task(task: str) -> None:
-    close = difflib.get_close_matches(task, _TASKS, n=1, cutoff=0.4)
-    if task not in _TASKS:
-        hint = f"did you mean glm evaluate {close[0]}?" if close else f"tasks are {', '.join(_TASKS)}"
-        raise UsageError(f"there is no task {task!r}", hint=hint)
+    """Refuses a word that is neither a task nor a recipe of any kind; a recipe for another verb is refused later."""
+    from glmkit.train.arguments import VERBS, EvaluationRecipe, recipe_names
+
+    if not task:
+        raise UsageError("missing argument 'TASK'", hint=f"{' or '.join(_TASKS)}, or a recipe: glm recipe list")
+    if "=" in task or os.path.isfile(task) or any(task in recipe_names(kind) for kind in VERBS):
+        return
+    names = [*_TASKS, *recipe_names(EvaluationRecipe)]
+    close = difflib.get_close_matches(task, names, n=1, cutoff=0.4)
+    hint = f"did you mean glm evaluate {close[0]}?" if close else f"tasks and recipes are {', '.join(names)}"
+    raise UsageError(f"there is no task {task!r}, and no recipe of that name", hint=hint)
 
 
 def _check_recipe_name(recipe: str, kind: Any) -> None:
     """Refuses a recipe that is neither a file nor in the package, with the name that was probably meant."""
-    from glmkit.train.arguments import PretrainRecipe, Recipe, recipe_names
+    from glmkit.train.arguments import VERBS, recipe_names
 
     names = recipe_names(kind)
-    if recipe in recipe_names(Recipe if kind is PretrainRecipe else PretrainRecipe):
-        verb = "finetune" if kind is PretrainRecipe else "pretrain"
+    for verb in (verb for other, verb in VERBS.items() if other is not kind and recipe in recipe_names(other)):
         raise UsageError(f"the recipe {recipe} is not for this verb", hint=f"glm {verb} {recipe}")
     if recipe in names or os.path.isfile(recipe):
         return
@@ -620,12 +621,6 @@ def _check_recipe_name(recipe: str, kind: Any) -> None:
         f"there is no recipe {recipe!r}: neither a file nor a recipe of this package",
         hint=f"did you mean {close[0]}?" if close else f"recipes of this package: {', '.join(names)}",
     )
-
-
-def _new_folder(task: str, model: str) -> Path:
-    from datetime import datetime
-
-    return Path("runs") / f"{task}-{model}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 @_data.command("convert", cls=_Verb, help="Write a data file again as ChatGLM3 conversations, one per line.")

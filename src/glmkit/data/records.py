@@ -98,7 +98,7 @@ def read_records(
         raise DataError(
             f"{len(problems)} of {len(problems) + len(records)} rows of {path} cannot be used:\n{_shown(problems)}",
             hint="correct these rows, or leave them out: glm data convert FORMAT OLD.json NEW.jsonl; another form is "
-            "named by data.format= in a training recipe, other fields by data.prompt_column= and data.response_column=",
+            "named by data.format= in a recipe, other fields by data.prompt_column= and data.response_column=",
         )
     if not records:
         raise DataError(f"{path} has no records")
@@ -172,7 +172,7 @@ def _format(name: str, where: str, row: Any, columns: Columns) -> Format:
     except DataError as error:
         raise DataError(
             f"{where}: {error.message}",
-            hint="a training recipe can name the form with data.format=, and other fields with data.prompt_column= and "
+            hint="a recipe can name the form with data.format=, and other fields with data.prompt_column= and "
             "data.response_column=",
         ) from None
 

@@ -26,6 +26,8 @@ from glmkit.engine.decode import generate_batch
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError
 
+_GREEDY = SamplingOptions(temperature=0.0)
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -78,17 +80,19 @@ def evaluate_tool_calls(
     tokenizer: Any,
     records: Sequence[Record],
     *,
+    options: SamplingOptions = _GREEDY,
     max_new_tokens: int = 256,
     batch_size: int = 8,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Ask for every turn, greedily, and count the calls.
+    """Ask for every turn and count the calls.
 
     Args:
         model: The model, in eval mode.
         tokenizer: Its tokenizer.
         records: Dialogues with tools.
+        options: How tokens are chosen; greedily by default.
         max_new_tokens: Longest reply in tokens.
         batch_size: Replies written together.
         limit: Use only the first turns.
@@ -110,7 +114,7 @@ def evaluate_tool_calls(
     replies = generate_batch(
         model,
         [prompts[number] for number in fitting],
-        SamplingOptions(temperature=0.0),
+        options,
         stop_ids=tokenizer.stop_ids,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

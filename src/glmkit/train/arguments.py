@@ -19,6 +19,9 @@ from glmkit.train.blocks import (
     CorpusBlock,
     DataBlock,
     DistributedBlock,
+    EvaluateBlock,
+    EvaluationData,
+    EvaluationRecipe,
     Given,
     MethodBlock,
     ModelBlock,
@@ -28,6 +31,7 @@ from glmkit.train.blocks import (
     Recipe,
     RunRecipe,
     TrainBlock,
+    WholeRecipe,
 )
 
 __all__ = [
@@ -35,6 +39,9 @@ __all__ = [
     "CorpusBlock",
     "DataBlock",
     "DistributedBlock",
+    "EvaluateBlock",
+    "EvaluationData",
+    "EvaluationRecipe",
     "MethodBlock",
     "ModelBlock",
     "NewModelBlock",
@@ -49,7 +56,11 @@ __all__ = [
 
 Location = tuple[str, ...]
 """Block and key of a setting."""
-AnyRecipe = TypeVar("AnyRecipe", Recipe, PretrainRecipe)
+AnyRecipe = TypeVar("AnyRecipe", Recipe, PretrainRecipe, EvaluationRecipe)
+VERBS: dict[type[BaseModel], str] = {Recipe: "finetune", PretrainRecipe: "pretrain", EvaluationRecipe: "evaluate"}
+"""Every kind of recipe, and the verb of the command that runs it."""
+_MARKS: dict[type[BaseModel], str] = {PretrainRecipe: "corpus", EvaluationRecipe: "evaluate"}
+"""The block that shows the kind; a recipe without one of them is for tuning."""
 
 
 def load_recipe(
@@ -63,7 +74,7 @@ def load_recipe(
         path_or_name: A file, or a bare name such as "adgen_lora"; None: nothing but the overrides.
         overrides: "block.key=value" each, the value written as in YAML; the block may be left out where only one
             block has the key. Keys may be those of other tools, as in the file.
-        kind: What the recipe is for, `Recipe` (tuning) or `PretrainRecipe`.
+        kind: What the recipe is for, `Recipe` (tuning), `PretrainRecipe` or `EvaluationRecipe`.
 
     Returns:
         The checked recipe.
@@ -105,7 +116,7 @@ def recipe_names(kind: type[BaseModel] = Recipe) -> list[str]:
     """List the recipes of one kind that come with the package.
 
     Args:
-        kind: `Recipe` or `PretrainRecipe`.
+        kind: A key of `VERBS`.
     """
     folder = resources.files("glmkit") / "recipes"
     files = {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
@@ -113,7 +124,7 @@ def recipe_names(kind: type[BaseModel] = Recipe) -> list[str]:
 
 
 def _kind(text: str) -> type[BaseModel]:
-    return PretrainRecipe if re.search(r"^corpus\s*:", text, re.MULTILINE) else Recipe
+    return next((kind for kind in _MARKS if re.search(rf"^{_MARKS[kind]}\s*:", text, re.MULTILINE)), Recipe)
 
 
 def _recipe_text(path_or_name: str | Path, kind: type[BaseModel]) -> tuple[str, str]:
@@ -128,9 +139,10 @@ def _recipe_text(path_or_name: str | Path, kind: type[BaseModel]) -> tuple[str, 
         raise UsageError(
             f"there is no recipe file {path_or_name}", hint=f"give a YAML file or one of the names {known}"
         )
-    if _kind(text) is not kind:
-        what, verb = ("a block", "pretrain") if kind is Recipe else ("no block", "finetune")
-        raise UsageError(f"{name} has {what} 'corpus': expected another kind", hint=f"glm {verb} {path_or_name}")
+    found = _kind(text)
+    if found is not kind:
+        what = f"a block {_MARKS[found]!r}" if found in _MARKS else f"no block {_MARKS[kind]!r}"
+        raise UsageError(f"{name} has {what}: expected another kind", hint=f"glm {VERBS[found]} {path_or_name}")
     return name, text
 
 
@@ -138,7 +150,7 @@ def blocks_of(kind: type[BaseModel]) -> dict[str, type[Block]]:
     """Return the blocks of a kind of recipe by name.
 
     Args:
-        kind: `Recipe` or `PretrainRecipe`.
+        kind: A key of `VERBS`.
     """
     return {
         name: field.annotation
@@ -266,7 +278,8 @@ def _problem(
         return f"{where}: {'.'.join(location)} is missing; set it in the file or with {'.'.join(location)}=..."
     message = item["msg"].removeprefix("Value error, ")
     found = "" if isinstance(item["input"], dict | BaseModel) else f", found {item['input']!r}"
-    return f"{where}: {'.'.join(location)}: {message}{found}"
+    key = f"{'.'.join(location)}: " if location else ""  # none: several blocks do not fit together
+    return f"{where}: {key}{message}{found}"
 
 
 class _Dumper(yaml.SafeDumper):
@@ -304,7 +317,7 @@ def as_given(recipe: RunRecipe) -> str:
     return f"# {given.name}\n{changes}{given.text}"
 
 
-def as_resolved(recipe: RunRecipe) -> str:
+def as_resolved(recipe: RunRecipe | WholeRecipe) -> str:
     """Return a whole recipe as YAML, each value with where it comes from: default, recipe or override.
 
     Args:

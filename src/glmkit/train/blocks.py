@@ -76,7 +76,7 @@ class ModelBlock(Block):
     """Where the model comes from: an existing one, or a new one from sizes."""
 
     path: str | None = None
-    """Folder, family name or hub id of the model to tune."""
+    """Folder, family name or hub id of an existing model."""
     init: dict[str, Any] | None = None
     """Sizes of a new ChatGLM2/3 model to train from scratch, in the words of config.json; needs `tokenizer`."""
     tokenizer: str | None = None
@@ -84,13 +84,13 @@ class ModelBlock(Block):
     dtype: str = "auto"
     """Precision in which frozen weights are loaded; trained weights are always float32."""
     device: str = "auto"
-    """Where to train: auto, cpu, or a device of torch."""
+    """Where to compute: auto, cpu, or a device of torch."""
     family: str | None = None
     """What the folder is, if it does not say it itself, for instance chatglm2-6b-32k."""
     quantize: str | None = None
     """Frozen weights in fewer bits: official-int8, official-int4, bnb-int8 or bnb-nf4; or quantization_bit: 8 or 4."""
     adapter: str | None = None
-    """Folder of a LoRA or P-Tuning adapter to go on from; the method must be the same."""
+    """Folder of a LoRA or P-Tuning adapter: to measure with its base, or to go on from with the same method."""
 
     synonyms: ClassVar[Mapping[str, str]] = {
         "model_name_or_path": "path",
@@ -472,6 +472,17 @@ class Recipe(WholeRecipe):
     output: OutputBlock
     """Where results go."""
 
+    @property
+    def base(self) -> ModelBlock:
+        """The block `model` as it is loaded: where nothing of it learns, in the dtype of the products.
+
+        Autocast would otherwise keep a copy of every frozen weight in that dtype until the backward pass has used it.
+        """
+        if self.model.dtype != "auto" or self.method.name not in ("lora", "ptuning_v2"):
+            return self.model
+        dtype = "bfloat16" if self.train.bf16 else "float16" if self.train.fp16 else "auto"
+        return self.model.model_copy(update={"dtype": dtype})
+
 
 class PretrainRecipe(WholeRecipe):
     """A whole recipe for pre-training GLM by blank infilling."""
@@ -499,6 +510,81 @@ class PretrainRecipe(WholeRecipe):
             raise ValueError("train.max_steps is missing: a corpus is a stream without an end")
         if self.train.tokens_per_batch is not None:
             raise ValueError("train.tokens_per_batch is for records; rows are counted by per_device_train_batch_size")
+        return self
+
+
+class EvaluationData(Block):
+    """What to ask, and the answers to compare with."""
+
+    file: str
+    """Records: a JSON, JSON Lines, CSV or Parquet file."""
+    format: str = "auto"
+    """What a record looks like: adgen, alpaca, history, conversations, toolalpaca, sharegpt, messages, columns; auto
+    looks at the first record."""
+    prompt_column: str = "content"
+    """Format columns: field with the user's text."""
+    response_column: str = "summary"
+    """Format columns: field with the answer."""
+    history_column: str | None = None
+    """Format columns: field with earlier [question, answer] pairs."""
+    max_samples: int | None = Field(None, ge=1)
+    """Use only the first records."""
+    max_source_length: int | None = Field(None, ge=4)
+    """Task adgen: most tokens of a prompt with its template; longer user texts are shortened, the template never."""
+
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "eval_file": "file",
+        "test_file": "file",
+        "val_file": "file",
+        "validation_file": "file",
+        "max_input_length": "max_source_length",
+        "max_eval_samples": "max_samples",
+        "max_predict_samples": "max_samples",
+    }
+
+
+class EvaluateBlock(Block):
+    """How answers are written, and what is measured of them."""
+
+    task: Literal["adgen", "tools"]
+    """adgen: advertising copy, BLEU-4 and ROUGE; tools: calls of tools in dialogues."""
+    per_device_eval_batch_size: int = Field(8, ge=1)
+    """Answers written together."""
+    max_target_length: int = Field(256, ge=1)
+    """Longest answer in tokens; answers to compare with are never cut."""
+    temperature: float = Field(0.0, ge=0)
+    """0 always takes the likeliest token; the official scripts have 0.95."""
+    top_p: float = Field(1.0, ge=0, le=1)
+    """Only the likeliest tokens that together reach this probability; 1 is off, the official scripts have 0.7."""
+    seed: int | None = Field(None, ge=0)
+    """Makes sampled answers repeatable."""
+    output_dir: str | None = None
+    """Folder for predictions and results; none: a new one for adgen, no files for tools."""
+
+    synonyms: ClassVar[Mapping[str, str]] = {
+        "batch_size": "per_device_eval_batch_size",
+        "max_new_tokens": "max_target_length",
+        "max_output_length": "max_target_length",
+        "max_decode_length": "max_target_length",
+    }
+
+
+class EvaluationRecipe(WholeRecipe):
+    """A whole recipe for measuring a model."""
+
+    model: ModelBlock
+    """The model, and the adapter if there is one."""
+    data: EvaluationData
+    """What to ask."""
+    evaluate: EvaluateBlock
+    """How to answer, and what to measure."""
+
+    @model_validator(mode="after")
+    def _measurable(self) -> EvaluationRecipe:
+        if self.model.path is None or self.model.tokenizer is not None:
+            raise ValueError("an existing model is measured: give model.path, without model.init and model.tokenizer")
+        if self.evaluate.task == "tools" and self.data.max_source_length is not None:
+            raise ValueError("data.max_source_length is for the task adgen; dialogues with tools are never shortened")
         return self
 
 

@@ -68,7 +68,7 @@ def require_fit(
     free = free_bytes(device)
     if free is not None and device.type == "cpu":
         free //= local
-    subject = subject_of(recipe.model)
+    subject = subject_of(recipe.base)
     if free is not None and _at_most(subject, largest_batch(recipe, longest)) < free / 2:
         return None
     plan = plan_training(recipe, subject=subject, longest=longest, world=world)
@@ -211,7 +211,7 @@ def model_plans(name: str, *, tokens: int = 2048, rows: int = 1) -> dict[str, Pl
                 train={"per_device_train_batch_size": rows},
                 output={"dir": "none"},
             )
-            subject: Subject = subject_of(recipe.model)
+            subject: Subject = subject_of(recipe.base)
             if method == "answer":
                 plans[f"{method}, {label}"] = plan_inference(subject, tokens=tokens, rows=rows)
             else:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from glmkit.errors import UsageError
-from glmkit.train.arguments import Recipe, blocks_of, find_key, unknown_key
+from glmkit.train.arguments import VERBS, blocks_of, find_key, unknown_key
 from glmkit.train.blocks import Block
 
 _BOOLEANS = {"true", "false", "yes", "no", "on", "off"}
@@ -73,8 +73,7 @@ def _no_such_option(flag: str, key: str, own: Collection[str], kind: type[BaseMo
         return UsageError(f"no such option: {flag}", hint=f"did you mean {close[0]}?")
     within, _, last = key.rpartition(".")
     message = unknown_key(last, (within,) if within else (), kind)
-    verb = "finetune" if kind is Recipe else "pretrain"
-    return UsageError(f"no such option: {flag}; {message}", hint=f"glm {verb} --help lists all settings")
+    return UsageError(f"no such option: {flag}; {message}", hint=f"glm {VERBS[kind]} --help lists all settings")
 
 
 def _example(block: type[Block], name: str) -> str:
@@ -86,7 +85,7 @@ def settings_help(kind: type[BaseModel]) -> str:
     """Lay out every setting of a kind of recipe, block by block.
 
     Args:
-        kind: `Recipe` or `PretrainRecipe`.
+        kind: The kind of recipe.
     """
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
     parts = ["Settings, as KEY=VALUE, --set KEY=VALUE or --KEY VALUE; a key may be written with its block, train.seed:"]
@@ -141,7 +140,7 @@ def schema(kind: type[BaseModel]) -> dict[str, Any]:
     """Describe a kind of recipe as JSON schema, for editors that complete YAML.
 
     Args:
-        kind: `Recipe` or `PretrainRecipe`.
+        kind: The kind of recipe.
 
     Returns:
         The schema; the names that other tools use are in it too.

@@ -16,11 +16,10 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from glmkit.errors import OutputError, UsageError
-from glmkit.train.arguments import blocks_of, find_key, recipe_names, unknown_key
-from glmkit.train.blocks import Block, PretrainRecipe, Recipe
+from glmkit.train.arguments import VERBS, blocks_of, find_key, recipe_names, unknown_key
+from glmkit.train.blocks import Block, Recipe
 from glmkit.train.flags import kind_of_value, shown
 
-_KINDS: tuple[type[BaseModel], ...] = (Recipe, PretrainRecipe)
 _LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -65,13 +64,13 @@ def head_of(text: str) -> Head:
 
 
 def packaged_names() -> list[str]:
-    """List all files that come with the package: recipes for tuning, for pre-training, and configurations of DeepSpeed.
+    """List all files that come with the package: recipes of every kind, and configurations of DeepSpeed.
 
     Returns:
         Names without their endings, recipes for tuning first.
     """
     settings = sorted(file.stem for file in _folder().glob("*.json"))
-    return [*recipe_names(Recipe), *recipe_names(PretrainRecipe), *settings]
+    return [*(name for kind in VERBS for name in recipe_names(kind)), *settings]
 
 
 def packaged_file(name: str) -> Path | None:
@@ -140,7 +139,7 @@ def explain(key: str) -> str:
         UsageError: There is no such setting.
     """
     parts = []
-    for kind in _KINDS:
+    for kind in VERBS:
         location = find_key(key, kind)
         block = blocks_of(kind).get(location[0]) if location is not None else None
         if location is None or block is None or len(location) < 2 or location[1] not in block.model_fields:
@@ -183,7 +182,7 @@ def _explained(kind: type[BaseModel], block_name: str, name: str) -> str:
 def _uses(block_name: str, block: type[Block], name: str) -> dict[str, Any]:
     """The recipes with this block that set the value, and what to."""
     uses: dict[str, Any] = {}
-    for kind in _KINDS:
+    for kind in VERBS:
         if blocks_of(kind).get(block_name) is not block:
             continue
         for recipe in recipe_names(kind):

@@ -188,7 +188,7 @@ def plan_training(
     Returns:
         The plan.
     """
-    subject = subject or subject_of(recipe.model)
+    subject = subject or subject_of(recipe.base)
     batch, train = largest_batch(recipe, longest), recipe.train
     base = _network(subject)
     base.loss_chunk_tokens = train.loss_chunk_tokens

@@ -91,7 +91,7 @@ def finetune(
             source, held_out = data.train(), data.held_out()
         if loaded is None and recipe.data.format not in GLM_FORMATS:
             _preflight(recipe, data, record, force)
-        place = recipe.model.model_copy(update={"device": str(loading_device(recipe, recipe.model.device))})
+        place = recipe.base.model_copy(update={"device": str(loading_device(recipe, recipe.model.device))})
         model = load_model(place, seed=recipe.train.seed)[0] if loaded is None else loaded.model
         if recipe.data.format in GLM_FORMATS:
             model = glm_head(model, recipe.data)
