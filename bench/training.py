@@ -16,7 +16,7 @@ model in int4, with the memory it needs in all:
 
     python bench/checkpoint_of_random_weights.py FOLDER --family chatglm2-6b --dtype float16
     python bench/training.py --checkpoint FOLDER --quantize official-int4 --method ptuning_v2 --dtype bfloat16 \
-        --checkpointing --batch 1 --steps 1 --variant ours
+        --checkpointing --batch 1 --accumulation 1 --steps 1 --variant ours
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from glmkit.train.processes import OneProcess, learning
 from glmkit.train.sources import Records
 from loading import PeakMemory, anonymous_bytes
 
-BATCH, ACCUMULATION = 4, 4
 MAXIMUM = {"adgen": 193, "long": 2048, "2048": 2048}
 
 
@@ -159,7 +158,7 @@ def _official(model: Any, examples: list[Example], arguments: argparse.Namespace
     causal = torch.ones(columns, columns, dtype=torch.bool).tril()
 
     def step(number: int) -> tuple[int, float]:
-        members = _members(examples, number)
+        members = _members(examples, number, arguments)
         total = 0.0
         for first in range(0, len(members), arguments.batch):
             chosen = members[first : first + arguments.batch]
@@ -189,8 +188,8 @@ def _ours(model: Any, examples: list[Example], arguments: argparse.Namespace) ->
     alone.prepare(model, lambda module: _optimizer(module, arguments.method, fused=True))
 
     def step(number: int) -> tuple[int, float]:
-        members = _members(examples, number)
-        windows = Records(members, 0, block, pack_to=pack_to).windows({}, ACCUMULATION)
+        members = _members(examples, number, arguments)
+        windows = Records(members, 0, block, pack_to=pack_to).windows({}, arguments.accumulation)
         window = next(windows)
         label_tokens = sum(batch.label_tokens for batch in window.batches)
         total = 0.0
@@ -204,8 +203,8 @@ def _ours(model: Any, examples: list[Example], arguments: argparse.Namespace) ->
     return step
 
 
-def _members(examples: list[Example], number: int) -> list[Example]:
-    size = BATCH * ACCUMULATION
+def _members(examples: list[Example], number: int, arguments: argparse.Namespace) -> list[Example]:
+    size = arguments.batch * arguments.accumulation
     start = number * size % len(examples)
     return examples[start : start + size]
 
@@ -221,7 +220,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", choices=["lora", "full", "ptuning_v2"], default="lora")
     parser.add_argument("--lengths", choices=list(MAXIMUM), default="adgen")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--batch", type=int, default=4, help="records at once")
+    parser.add_argument("--accumulation", type=int, default=4, help="batches of a step")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--records", type=int, default=256)

@@ -16,7 +16,7 @@ import yaml
 from glmkit import cli
 from glmkit.errors import UsageError
 from glmkit.train.arguments import (
-    PretrainRecipe,
+    VERBS,
     Recipe,
     as_given,
     as_resolved,
@@ -184,7 +184,7 @@ def test_no_recipe_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "model.path is missing" in err
 
 
-@pytest.mark.parametrize(("verb", "kind"), [("finetune", Recipe), ("pretrain", PretrainRecipe)])
+@pytest.mark.parametrize(("verb", "kind"), [(verb, kind) for kind, verb in VERBS.items()])
 def test_help_and_schema_name_every_setting(capsys: pytest.CaptureFixture[str], verb: str, kind: Any) -> None:
     code, shown, _ = glm(capsys, verb, "--help")
     assert code == 0
@@ -203,11 +203,11 @@ def test_help_and_schema_name_every_setting(capsys: pytest.CaptureFixture[str], 
         assert set(properties) == {*block.model_fields, *block.synonyms}
         for foreign in block.synonyms:
             assert foreign in shown
-    assert "[0.0001]" in settings_help(kind)
+    assert ("[256]" if verb == "evaluate" else "[0.0001]") in settings_help(kind)
 
 
 def test_no_two_blocks_have_the_same_key() -> None:
-    for kind in (Recipe, PretrainRecipe):
+    for kind in VERBS:
         keys = [key for block in blocks_of(kind).values() for key in (*block.model_fields, *block.synonyms)]
         assert sorted(set(keys)) == sorted(keys)
 

@@ -10,6 +10,7 @@ import pytest
 from glmkit.chat.messages import Message
 from glmkit.chat.templates import answer_ids
 from glmkit.data.records import Record
+from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError
 from glmkit.evaluate import tool_calls
 from glmkit.evaluate.tool_calls import evaluate_tool_calls, judge, turns
@@ -95,3 +96,23 @@ def test_shares_are_of_the_turns_that_fit(
         "exact": 50.0,
         "false": 50.0,
     }
+
+
+def test_replies_are_sampled_if_that_is_asked_for(tokenizer: ChatGLMTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        class config:
+            max_position_embeddings = 4000
+
+    asked: list[SamplingOptions] = []
+
+    def generate(model: Any, prompts: list[list[int]], options: SamplingOptions, **_: Any) -> list[list[int]]:
+        asked.append(options)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(tool_calls, "generate_batch", generate)
+    evaluate_tool_calls(Model(), tokenizer, records())
+    evaluate_tool_calls(Model(), tokenizer, records(), options=SamplingOptions(temperature=0.5, top_p=0.7, seed=3))
+    assert [(options.temperature, options.top_p, options.seed) for options in asked] == [
+        (0.0, 1.0, None),
+        (0.5, 0.7, 3),
+    ]

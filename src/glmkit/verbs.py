@@ -430,7 +430,7 @@ def _show_evaluation(recipe: Any, as_json: bool, download: bool) -> int:
     print(table([(name.removeprefix("predict_"), str(value)) for name, value in found.results.items()]))
     if found.shortened:
         limit = recipe.data.max_source_length
-        print(f"{found.shortened} prompts were shortened to data.max_source_length={limit}", file=sys.stderr)
+        print(f"prompts shortened to data.max_source_length={limit}: {found.shortened}", file=sys.stderr)
     if found.output_dir is not None:
         what = "predictions and results" if task == "adgen" else "results"
         print(f"{what} in {found.output_dir}", file=sys.stderr)

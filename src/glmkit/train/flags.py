@@ -88,8 +88,10 @@ def settings_help(kind: type[BaseModel]) -> str:
         kind: The kind of recipe.
     """
     width = min(shutil.get_terminal_size((100, 24)).columns, 110)
-    parts = ["Settings, as KEY=VALUE, --set KEY=VALUE or --KEY VALUE; a key may be written with its block, train.seed:"]
-    for name, block in blocks_of(kind).items():
+    blocks = blocks_of(kind)
+    seed = next(f"{name}.seed" for name, block in blocks.items() if "seed" in block.model_fields)
+    parts = [f"Settings, as KEY=VALUE, --set KEY=VALUE or --KEY VALUE; a key may be written with its block, {seed}:"]
+    for name, block in blocks.items():
         parts.append(f"\n  {name}: {(block.__doc__ or '').strip()}")
         others: dict[str, list[str]] = {}
         for foreign, own in block.synonyms.items():
