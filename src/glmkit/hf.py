@@ -6,8 +6,6 @@ in the mathematics. So the edges are kept in one place; `tests/test_hf_contract.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from transformers import (  # public classes that users' code meets
@@ -73,7 +71,7 @@ __all__ = [
     "checkpoint_activations",
     "create_causal_mask",
     "set_generation_config",
-    "without_bars",
+    "transformers_logging",
 ]
 
 
@@ -87,15 +85,3 @@ def checkpoint_activations(model: Any) -> None:
     """Lets blocks compute their activations again in the backward pass; the method's name changed in transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-@contextlib.contextmanager
-def without_bars() -> Iterator[None]:
-    """Keeps transformers' progress bars back: a training run saves often and shows a bar of its own."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

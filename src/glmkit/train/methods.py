@@ -11,6 +11,7 @@ the method beyond these functions.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,7 @@ class FullMethod:
             whole = {**model.state_dict(), **state}
             for copy, table in (getattr(model, "_tied_weights_keys", None) or {}).items():
                 whole[copy] = whole[table]
-        with hf.without_bars():
+        with _without_bars():
             model.save_pretrained(folder, state_dict=whole)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
 
@@ -263,6 +264,18 @@ def make_method(block: MethodBlock) -> Method:
         "ptuning_v2": PTuningMethod,
     }
     return makers[block.name](block)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps transformers' progress bars back: a run saves often and shows a bar of its own."""
+    shown = hf.transformers_logging.is_progress_bar_enabled()
+    hf.transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf.transformers_logging.enable_progress_bar()
 
 
 def _network(model: Any) -> Any:
