@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import training_ranks
 from glmkit.errors import CheckpointError, UsageError
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
+from glmkit.pickles import FileRefused, inspect_deepspeed_file
 from glmkit.train.blocks import Recipe
 from glmkit.train.parts import PARTS
 from glmkit.train.ranks import strategy_of
@@ -347,6 +348,30 @@ def test_a_file_of_deepspeed_that_would_run_something_is_refused(folder: Path, d
     with pytest.raises(CheckpointError, match=r"1 files …_optim_states\.pt, expected 2"):
         transform(bad, folder / "nothing", model=folder / "zero2-whole-full" / "model")
     assert not (folder / "was-run").exists()
+
+
+@pytest.mark.parametrize("written", ["by name", "of something else", "alone"])
+def test_a_member_of_an_enumeration_is_looked_at_and_nothing_else_by_getattr(tmp_path: Path, written: str) -> None:
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    owner = {"by name": config.ZeroStageEnum, "of something else": torch.Size, "alone": config.ZeroStageEnum}[written]
+
+    class Member:  # as Python 3.11.2 writes one
+        def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+            return getattr, (owner, "gradients") if written != "alone" else (owner,)
+
+    file = tmp_path / "x.pt"
+    torch.save({"zero_stage": Member(), "step": 3}, file)
+    with open(file, "rb") as opened:
+
+        def read(offset: int, length: int) -> bytes:
+            opened.seek(offset)
+            return opened.read(length)
+
+        if written == "by name":
+            assert inspect_deepspeed_file(read, file.stat().st_size)["step"] == 3
+        else:
+            with pytest.raises(FileRefused, match="on something that is no enumeration"):
+                inspect_deepspeed_file(read, file.stat().st_size)
 
 
 # Settings ------------------------------------------------------------------------------------------------------------

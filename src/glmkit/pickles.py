@@ -63,6 +63,8 @@ _DEEPSPEED = {
     *("deepspeed.runtime.zero.config.ZeroStageEnum", "deepspeed.utils.tensor_fragment.fragment_address"),
     *("torch.Tensor", _REBUILD_FROM_TYPE),
 }
+# How some versions of Python 3.11 write a member of an enumeration: its class and its name. Looked at, never called.
+_GETATTR = {"__builtin__.getattr", "builtins.getattr"}
 
 
 class FileRefused(Exception):
@@ -364,7 +366,7 @@ class _Machine:
         self._allowed = _ALLOWED | _INERT if more_than_tensors else _ALLOWED
         self._of_deepspeed = of_deepspeed
         if of_deepspeed:
-            self._allowed = self._allowed | _DEEPSPEED
+            self._allowed = self._allowed | _DEEPSPEED | _GETATTR
         self._more_than_tensors = more_than_tensors
         self._stack: list[Any] = []
         self._outer: list[list[Any]] = []
@@ -479,6 +481,11 @@ class _Machine:
             return self._call(arguments[0], self._expect(arguments[2], tuple, name))
         if name in _INERT or (name in _DEEPSPEED and name != _REBUILD_FROM_TYPE):
             return _Unbuilt()
+        if name in _GETATTR:
+            owner, member = arguments if len(arguments) == 2 else (None, None)
+            if isinstance(owner, _Global) and owner.name.endswith("Enum") and isinstance(member, str):
+                return _Unbuilt()
+            raise FileRefused(f"asks to run {name} on something that is no enumeration")
         if name == _ORDERED_DICT and not arguments:
             return {}
         if name == _REBUILD_PARAMETER and len(arguments) == 3:
