@@ -28,7 +28,7 @@ from glmkit.engine.decode import CancelToken
 from glmkit.engine.layout import layout_for
 from glmkit.errors import CheckpointError, UsageError
 from glmkit.parallel import shard_model
-from glmkit.quant.official import OfficialQuantizedLinear
+from glmkit.quant.linear import QuantizedLinear
 
 TEXT = "tea and rice"
 FAMILIES: dict[str, Callable[[Path], Path]] = {
@@ -197,7 +197,7 @@ def test_lora_beside_quantised_layers(bits: int, base: Path, tmp_path: Path) -> 
     for source, quantize in ((base, f"official-int{bits}"), (tmp_path / "stored", None)):
         loaded = glmkit.load(source, adapter=path, dtype="float32", quantize=quantize)
         for name, layer in linear_layers(loaded.model, "query_key_value", "dense_4h_to_h").items():
-            assert isinstance(layer, OfficialQuantizedLinear)
+            assert isinstance(layer, QuantizedLinear)
             a, b = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
             x = torch.randn(3, layer.in_features)
             whole = layer.dequantize().float() + 2 * b @ a

@@ -20,7 +20,7 @@ from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import CheckpointError, ConfigError, UsageError
 from glmkit.models.chatglm import ChatGLMForCausalLM, ChatGLMModel, _rotate
 from glmkit.models.chatglm_config import ChatGLMConfig
-from glmkit.quant.official import OfficialQuantizedLinear, dequantize_rows
+from glmkit.quant.linear import QuantizedLinear, dequantize
 from official_results import ATOL, Case, score
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -423,7 +423,7 @@ def test_an_official_quantised_checkpoint(shared: Path, bits: int) -> None:
     arrays = np.load(shared / "conformance" / "quantization" / "arrays.npz")
     name = f"chatglm-int{bits}"
     for model in (AutoModel.from_pretrained(folder, dtype=torch.float32), glmkit.load(folder, dtype="float32").model):
-        assert isinstance(model.transformer.layers[0].attention.dense, OfficialQuantizedLinear)
+        assert isinstance(model.transformer.layers[0].attention.dense, QuantizedLinear)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(arrays[f"{name}.input_ids"])).logits
         np.testing.assert_allclose(logits.numpy(), arrays[f"{name}.logits"], atol=ATOL, rtol=0)
@@ -443,12 +443,12 @@ def test_quantise_save_and_load_again(tmp_path: Path, bits: int, embeddings: boo
         table = model.transformer.word_embeddings
         assert model.lm_head.weight is table.weight
         assert table.weight.dtype == torch.int8
-        by_hand = dequantize_rows(table.weight, table.weight_scale.half(), bits).float()
+        by_hand = dequantize(table.weight, table.weight_scale.half(), bits).float()
         assert torch.equal(table(ids), by_hand[ids])
     # The weights are those of the plain model rounded to the grid, so it must compute the same with them.
     with torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, OfficialQuantizedLinear) and name != "lm_head":
+            if isinstance(module, QuantizedLinear) and name != "lm_head":
                 plain.get_submodule(name).weight.copy_(module.dequantize())
         if embeddings:
             plain.transformer.word_embeddings.weight.copy_(by_hand)

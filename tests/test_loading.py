@@ -25,7 +25,7 @@ from glmkit import cli
 from glmkit.errors import CheckpointError, ConfigError, GlmkitError, TokenizerError, UsageError
 from glmkit.loading import choose_device
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
-from glmkit.quant.official import OfficialQuantizedLinear
+from glmkit.quant.linear import QuantizedLinear
 
 IDS = torch.tensor([[5, 6, 7, 8, 300, 2, 41]])
 EMBEDDING = "transformer.embedding.word_embeddings.weight"
@@ -576,7 +576,7 @@ def test_a_prefix_stays_exact_on_a_half_base(folder: Path, tmp_path: Path) -> No
     loaded = glmkit.load(folder, adapter=tmp_path, dtype="bfloat16", quantize="official-int8")
     assert torch.isfinite(logits(loaded.model)).all()
     kinds = {type(module) for name, module in loaded.model.named_modules() if name.endswith("dense_h_to_4h")}
-    assert kinds == {OfficialQuantizedLinear}
+    assert kinds == {QuantizedLinear}
 
 
 @pytest.mark.parametrize(

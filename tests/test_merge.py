@@ -21,7 +21,7 @@ from glmkit import cli
 from glmkit.checkpoint import open_folder
 from glmkit.errors import CheckpointError, OutputError, UsageError
 from glmkit.export.merge import merge
-from glmkit.quant.official import OfficialQuantizedLinear
+from glmkit.quant.linear import QuantizedLinear
 from test_adapters import FAMILIES, bases, linear_layers, logits, write_lora, write_prefix
 
 __all__ = ["bases"]  # a fixture
@@ -210,7 +210,7 @@ def test_a_quantised_base(base: Path, tmp_path: Path, bits: int) -> None:
     learnt = load_file(path / "adapter_model.safetensors")
     a, b = (learnt[f"base_model.model.{layer}.lora_{side}.weight"] for side in "AB")
     quantised = model.get_submodule(layer)
-    assert isinstance(quantised, OfficialQuantizedLinear)
+    assert isinstance(quantised, QuantizedLinear)
     exact = torch.addmm(quantised.dequantize().float(), b, a, alpha=2).half()
     assert torch.equal(tensors(tmp_path / "merged")[f"{layer}.weight"], exact)
     prefix = write_prefix(tmp_path / "prefix", base)

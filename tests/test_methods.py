@@ -24,7 +24,8 @@ from glmkit.models.chatglm_config import ChatGLMConfig
 from glmkit.models.glm import GLMForConditionalGeneration
 from glmkit.models.glm_config import GLMConfig
 from glmkit.models.language_model import summed_loss
-from glmkit.quant.official import OfficialQuantizedLinear, quantize_model
+from glmkit.quant.linear import QuantizedLinear
+from glmkit.quant.official import quantize_linear, quantize_model
 from glmkit.train.arguments import MethodBlock
 from glmkit.train.methods import Method, make_method
 from official_results import ATOL, Case
@@ -301,7 +302,7 @@ def test_logits_of_one_chunk_exist_at_once() -> None:
 def test_the_gradient_of_a_quantised_layer_is_that_of_its_dequantised_weight(bits: int) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(16, 12).half().float()
-    layer = OfficialQuantizedLinear.from_linear(linear, bits)
+    layer = quantize_linear(linear, bits)
     x, y = (torch.randn(3, 5, 16) for _ in range(2))
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     kept: list[tuple[int, ...]] = []
@@ -331,7 +332,7 @@ def test_gradients_beside_a_quantised_base_are_those_beside_its_dequantised_copy
     plain = tiny_model(family)
     with torch.no_grad():
         for name, module in quantised.named_modules():
-            if isinstance(module, OfficialQuantizedLinear):
+            if isinstance(module, QuantizedLinear):
                 plain.get_submodule(name).weight.copy_(module.dequantize())
     found = []
     for model in (quantised, plain):

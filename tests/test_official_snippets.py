@@ -18,7 +18,7 @@ import torch
 import glmkit
 import official
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
-from glmkit.quant.official import OfficialQuantizedLinear
+from glmkit.quant.linear import QuantizedLinear
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_chatglm2(folders: dict[str, Path], load: str, dtype: torch.dtype, bits:
     assert not model.training
     assert model.transformer.embedding.word_embeddings.weight.dtype == dtype
     layers = {type(module) for name, module in model.named_modules() if name.endswith("mlp.dense_4h_to_h")}
-    assert layers == {OfficialQuantizedLinear if bits else torch.nn.Linear}
+    assert layers == {QuantizedLinear if bits else torch.nn.Linear}
     assert model.config.quantization_bit == bits
     assert [query for query, _ in history] == ["你好", "晚上睡不着应该怎么办"]
     assert history[1][1] == names["response"]

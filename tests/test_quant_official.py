@@ -16,7 +16,8 @@ import glmkit
 import official
 from glmkit.errors import CheckpointError, UsageError
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
-from glmkit.quant.official import OfficialQuantizedLinear, dequantize_rows, quantize_rows
+from glmkit.quant.linear import QuantizedLinear, dequantize
+from glmkit.quant.official import quantize_rows
 
 FIXTURES = Path(__file__).parent / "fixtures" / "quantization"
 CASES = [f"chatglm2.{kind}.int{bits}" for kind in ("normal", "heavy_tail", "tiny_and_big_rows") for bits in (8, 4)]
@@ -47,9 +48,9 @@ def check_case(arrays: Mapping[str, np.ndarray], case: str) -> None:
     weight, scale = quantize_rows(torch.from_numpy(arrays[f"{case}.float_weight"]), bits)
     np.testing.assert_array_equal(weight.numpy(), arrays[f"{case}.weight"])
     np.testing.assert_array_equal(scale.numpy().view(np.uint16), arrays[f"{case}.weight_scale"].view(np.uint16))
-    dense = dequantize_rows(weight, scale, bits)
+    dense = dequantize(weight, scale, bits)
     np.testing.assert_array_equal(dense.numpy().view(np.uint16), arrays[f"{case}.dequantised"].view(np.uint16))
-    layer = OfficialQuantizedLinear(weight, scale, torch.from_numpy(arrays[f"{case}.bias"]), bits)
+    layer = QuantizedLinear(weight, scale, torch.from_numpy(arrays[f"{case}.bias"]), bits)
     product = layer(torch.from_numpy(arrays[f"{case}.x"])).numpy()
     stored = arrays[f"{case}.y_float32"]
     np.testing.assert_allclose(product, stored, rtol=0, atol=2e-6 * np.abs(stored).max())
@@ -65,14 +66,14 @@ def test_the_same_for_chatglm_6b_and_every_byte_of_int4(shared: Path) -> None:
     for case in CASES:
         check_case(arrays, case.replace("chatglm2", "chatglm"))
     packed = torch.from_numpy(arrays["int4_table.packed_byte"])
-    np.testing.assert_array_equal(dequantize_rows(packed, torch.ones(256), 4).numpy(), arrays["int4_table.unpacked"])
+    np.testing.assert_array_equal(dequantize(packed, torch.ones(256), 4).numpy(), arrays["int4_table.unpacked"])
 
 
 def test_int4_holds_the_even_column_in_the_high_nibble() -> None:
     for byte in range(256):
         packed = torch.tensor([[byte - 256 if byte > 127 else byte]], dtype=torch.int8)
         nibbles = [nibble - 16 if nibble > 7 else nibble for nibble in (byte >> 4, byte & 15)]
-        assert dequantize_rows(packed, torch.ones(1), 4).tolist() == [nibbles]
+        assert dequantize(packed, torch.ones(1), 4).tolist() == [nibbles]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -81,7 +82,7 @@ def test_a_row_of_zeros_stays_zero(bits: int, dtype: torch.dtype) -> None:
     weight = torch.tensor([[0.0] * 6, [1.0, -2.0, 3.0, 0.0, 0.5, -3.0]], dtype=dtype)
     quantised, scale = quantize_rows(weight, bits)
     assert torch.isfinite(scale).all()
-    dense = dequantize_rows(quantised, scale, bits)
+    dense = dequantize(quantised, scale, bits)
     assert dense[0].tolist() == [0.0] * 6
     assert (dense[1] - weight[1]).abs().max() <= scale[1] * 0.51 + (3 * 2**-8 if dtype == torch.bfloat16 else 0)
 
@@ -92,7 +93,7 @@ def test_rows_too_small_for_their_scale_become_zero_and_not_something_else(bits:
     weight = torch.full((2, 4), 6e-8, dtype=torch.float16)
     weight[1] = 1.0
     quantised, scale = quantize_rows(weight, bits)
-    dense = dequantize_rows(quantised, scale, bits)
+    dense = dequantize(quantised, scale, bits)
     assert torch.isfinite(dense).all()
     assert dense[0].abs().max() <= 1e-7
     torch.testing.assert_close(dense[1], weight[1], atol=1e-2, rtol=0)
@@ -107,7 +108,7 @@ def test_wide_weights_are_divided_by_the_narrow_scale(bits: int) -> None:
     expected = (weight / scale.float()[:, None]).round()
     quantised, found = quantize_rows(weight, bits)
     assert torch.equal(found, scale)
-    assert torch.equal(dequantize_rows(quantised, torch.ones(64), bits), expected)
+    assert torch.equal(dequantize(quantised, torch.ones(64), bits), expected)
     assert not torch.equal(found, quantize_rows(weight.half(), bits)[1])
 
 
@@ -175,7 +176,7 @@ def test_quantising_while_loading_is_quantising_afterwards(folder: Path, bits: i
 def test_what_is_quantised_and_what_is_not(folder: Path, bits: int) -> None:
     model = glmkit.load(folder, quantize=f"official-int{bits}").model
     kinds = {name: type(module) for name, module in model.named_modules() if hasattr(module, "in_features")}
-    quantised = {name for name, kind in kinds.items() if kind is OfficialQuantizedLinear}
+    quantised = {name for name, kind in kinds.items() if kind is QuantizedLinear}
     layers = [f"transformer.encoder.layers.{layer}." for layer in (0, 1)]
     names = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
     assert quantised == {layer + name for layer in layers for name in names}
@@ -270,7 +271,7 @@ def test_int4_of_a_model_with_odd_columns_is_refused(tmp_path: Path, folder: Pat
     with pytest.raises(UsageError, match="47 columns"):
         before.quantize(4)
     assert before.config.quantization_bit == 0
-    assert not any(isinstance(module, OfficialQuantizedLinear) for module in before.modules())
+    assert not any(isinstance(module, QuantizedLinear) for module in before.modules())
     with pytest.raises(UsageError, match="47 columns"):
         glmkit.load(odd, quantize="official-int4")
     assert logits(glmkit.load(odd, quantize="official-int8").model).isfinite().all()

@@ -32,7 +32,8 @@ from glmkit.errors import GlmkitError, UsageError
 from glmkit.loading import Loaded, choose_device, choose_dtype, choose_family, open_model, read_config, read_tokenizer
 from glmkit.location import locate
 from glmkit.models.partition import Rule, partition_of, ranges, split
-from glmkit.quant.official import OfficialQuantizedLinear, quantize_model
+from glmkit.quant.linear import QuantizedLinear
+from glmkit.quant.official import quantize_model
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import PartFolder
 from glmkit.weights import load_model
@@ -53,7 +54,7 @@ class SummedLinear(nn.Linear):
         return _sum_of_ranks(F.linear(input, self.weight), self.group, self.bias)
 
 
-class SummedQuantizedLinear(OfficialQuantizedLinear):
+class SummedQuantizedLinear(QuantizedLinear):
     """The same with the tensors of the official quantised format."""
 
     group: Group = None
@@ -124,7 +125,7 @@ def shard_model(model: nn.Module, rank: int, degree: int, group: Group = None) -
     partition = partition_of(config)
     found: dict[str, tuple[nn.Module, Rule]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding, OfficialQuantizedLinear)):
+        if isinstance(module, (nn.Linear, nn.Embedding, QuantizedLinear)):
             rule = partition.rule(f"{name}.weight")
             if rule.dim is not None:
                 ranges(module.weight.shape[rule.dim], rule, rank, degree, f"{name}.weight")  # or raises, for all first
@@ -154,10 +155,10 @@ def _part(module: Any, rule: Rule, rank: int, degree: int, group: Group, name: s
     else:
         bias = None if module.bias is None else module.bias.detach()
         bias = split(bias, rule, rank, degree, name) if bias is not None and rule.dim == 0 else bias
-        if isinstance(module, OfficialQuantizedLinear):
+        if isinstance(module, QuantizedLinear):
             scale = module.weight_scale.detach()
             scale = split(scale, rule, rank, degree, name) if rule.dim == 0 else scale
-            kind = OfficialQuantizedLinear if rule.dim == 0 else SummedQuantizedLinear
+            kind = QuantizedLinear if rule.dim == 0 else SummedQuantizedLinear
             part = kind(weight, scale, bias, module.bits)
             part.scale_dtype = module.scale_dtype
         else:

@@ -30,7 +30,7 @@ from glmkit.families import FAMILIES
 from glmkit.models import glm130b_config, glm_config
 from glmkit.models.partition import Partition, merge, ranges, whole_size
 from glmkit.pickles import FileRefused, printable
-from glmkit.quant.official import dequantize_rows
+from glmkit.quant.linear import dequantize
 
 logger = logging.getLogger("glmkit")
 
@@ -226,7 +226,7 @@ class ModelParallelFolder(Folder):
         if not self._dequantizes or raw + _SCALE not in folder.tensors:
             return next(tensor for _, tensor in folder.read([raw]))
         both = dict(folder.read([raw, raw + _SCALE]))
-        return dequantize_rows(both[raw], both[raw + _SCALE], self.bits)
+        return dequantize(both[raw], both[raw + _SCALE], self.bits)
 
     def _find_iteration(self) -> Path:
         if (self.path / rank_file(0)).is_file() or not is_model_parallel(self.path):

@@ -22,7 +22,8 @@ from glmkit.models.glm import official_name
 from glmkit.models.glm_network import GLMPreTrainedModel
 from glmkit.placement import check_table, device_of, place_layers, plan_layers
 from glmkit.quant.bitsandbytes import BITS, quantized_linear
-from glmkit.quant.official import OfficialQuantizedLinear, is_quantised_layer, quantize_model, quantize_rows
+from glmkit.quant.linear import QuantizedLinear
+from glmkit.quant.official import is_quantised_layer, quantize_model, quantize_rows
 
 Devices = Sequence[torch.device | str | int] | Mapping[str, torch.device | str | int] | str
 """Devices in the order of the blocks, a table of modules to devices, or "auto" for all accelerators."""
@@ -195,7 +196,7 @@ def _place(
             model.set_submodule(owner, quantized_linear(tensor.to(dtype), module.bias, bits, device))
             return
         weight, scale = quantize_rows(tensor.to(device), bits)
-        model.set_submodule(owner, OfficialQuantizedLinear(weight, scale, module.bias, bits))
+        model.set_submodule(owner, QuantizedLinear(weight, scale, module.bias, bits))
         return
     if leaf == "weight_scale":
         module.scale_dtype = tensor.dtype  # type: ignore[assignment]

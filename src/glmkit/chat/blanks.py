@@ -191,11 +191,17 @@ class _SpanLayout:
         """Keyword arguments of the model for columns start to end of the prompt."""
         return {**self._base.prompt(start, end), "position_ids": self._positions[:, :, start:end]}
 
-    def step(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model for the next token."""
-        self._positions = self._positions[:, :, -1:].clone()
-        self._positions[:, 1] += 1
-        return {**self._base.step(), "position_ids": self._positions}
+    def step(self, tokens: int = 1) -> dict[str, Tensor]:
+        """Keyword arguments of the model for the next tokens."""
+        further = torch.arange(1, tokens + 1, device=self._positions.device)
+        added = self._positions[:, :, -1:] + further * further.new_tensor([[0], [1]])  # (1, 2, T)
+        self._positions = torch.cat((self._positions, added), dim=-1)
+        return {**self._base.step(tokens), "position_ids": added}
+
+    def rewind(self, tokens: int) -> None:
+        """Takes back the last tokens that `step` counted."""
+        self._base.rewind(tokens)
+        self._positions = self._positions[:, :, : self._positions.shape[-1] - tokens]
 
     def select(self, places: Sequence[int]) -> None:
         """There is one row, and it stays."""

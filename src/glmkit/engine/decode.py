@@ -1,5 +1,9 @@
 """The decode loop: a prompt in chunks, then one token a step. A stream is a batch of one row.
 
+    last token, drafts -> model -> logits of each -> draw a token -> is it the draft? then the next draw needs no model
+                       ^                                              if not: the cache forgets the rest of the drafts
+                       +------------------------------------------------+
+
 Letters: `B` rows, `T` new tokens, `S` tokens in the cache after them, `V` vocabulary rows.
 """
 
@@ -16,7 +20,9 @@ from torch import Tensor
 
 from glmkit import hf
 from glmkit.engine.cache import BufferCache, LanguageModel, new_cache
+from glmkit.engine.forward import forward_for
 from glmkit.engine.layout import InputLayout, layout_for, reads_whole_prompts
+from glmkit.engine.lookup import Lookup
 from glmkit.engine.sampling import Draw, SamplingOptions, row_generators, sample
 from glmkit.errors import UsageError
 
@@ -48,6 +54,8 @@ class Usage:
         completion_tokens: Tokens generated, the stop id among them.
         prefill_seconds: From the first chunk of the prompt to the first token.
         decode_seconds: All tokens after the first.
+        drafted_tokens: Tokens that went through the model before they were drawn, see `lookup_tokens` of `stream`.
+        accepted_tokens: Those of them that were drawn then: so many calls of the model fewer.
     """
 
     cached_tokens: int
@@ -55,6 +63,8 @@ class Usage:
     completion_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -101,8 +111,16 @@ def stream(
     prefill_chunk_tokens: int = 512,
     cache: hf.Cache | None = None,
     layout: InputLayout | None = None,
+    lookup_tokens: int = 0,
+    lookup_ids: Sequence[int] = (),
 ) -> Iterator[Step]:
     """Generates one answer, token by token.
+
+    With `lookup_tokens` the text itself says how it may go on (see `engine/lookup.py`), and one call of the model looks
+    at up to so many tokens more. The answer stays what it is without, token for token, greedy or drawn with a seed,
+    up to rounding in the model: every token is drawn from the model's own logits, and a draft only saves the call. It
+    pays where reading the weights takes the time (large models, one answer at a time) and the answer repeats what was
+    there; 8 is a good number. Batches have no drafts: each row would accept another number of them.
 
     Args:
         model: The language model.
@@ -115,6 +133,8 @@ def stream(
             model that reads prompts in both directions gets them whole.
         cache: Tokens of earlier turns. Afterwards it holds prompt and answer too, but for the last token given out.
         layout: Masks and positions of prompt and answer; None: the model's own, or the causal one.
+        lookup_tokens: Most tokens that are drafted at once; 0 is off. Needs a cache of ours, which can forget.
+        lookup_ids: Further text to look drafts up in: that of the tokens in the cache, say.
 
     Returns:
         A generator of steps; the last one has a finish_reason. Closing it early is fine.
@@ -125,6 +145,7 @@ def stream(
         GenerationError: From the generator: the model's logits are not finite.
     """
     _check_limits(model, options, max_new_tokens=max_new_tokens, prefill_chunk_tokens=prefill_chunk_tokens)
+    _check_lookup(lookup_tokens, cache)
     cached = cache.get_seq_length() if cache is not None else 0
     if cached and reads_whole_prompts(model):
         raise UsageError(
@@ -134,8 +155,11 @@ def stream(
     limit = _answer_limit(model, prompt_ids, max_new_tokens, cached)
     if cache is None:
         cache = new_cache(model, 1, len(prompt_ids) + min(limit, _FIRST_ROOM_TOKENS))
+    stops = frozenset(stop_ids)
     batch = _Batch(model, [prompt_ids], [0], options, row_generators(options, 1), cache, layout)
-    return _steps(batch, frozenset(stop_ids), limit, cancel or CancelToken(), prefill_chunk_tokens, cached)
+    if lookup_tokens:
+        batch.lookup = Lookup([*lookup_ids, *prompt_ids], lookup_tokens, stops)
+    return _steps(batch, stops, limit, cancel or CancelToken(), prefill_chunk_tokens, cached)
 
 
 def _steps(
@@ -145,31 +169,36 @@ def _steps(
     started = time.perf_counter()
     prefill_seconds = decode_seconds = 0.0
 
-    def usage(tokens: int) -> Usage:
-        return Usage(cached, prompt_tokens, tokens, prefill_seconds, decode_seconds)
+    def last(token: int, logprob: float, reason: str, tokens: int) -> Step:
+        batch.forget_drafts()
+        drafts = (0, 0) if batch.lookup is None else (batch.lookup.drafted_tokens, batch.lookup.accepted_tokens)
+        return Step(token, logprob, reason, Usage(cached, prompt_tokens, tokens, prefill_seconds, decode_seconds, *drafts))
 
-    for prompt_tokens in batch.prefill(chunk_tokens):  # noqa: B007 - read by usage()
+    for prompt_tokens in batch.prefill(chunk_tokens):  # noqa: B007 - read by last()
         if cancel.cancelled:
             break
     prefill_seconds = time.perf_counter() - started
-    for count in range(limit):
-        if cancel.cancelled:
-            yield Step(NO_TOKEN, 0.0, "cancelled", usage(count))
-            return
-        started = time.perf_counter()
-        drawn = batch.advance()
-        if count == 0:
-            prefill_seconds += time.perf_counter() - started
-        else:
-            decode_seconds += time.perf_counter() - started
-        token, logprob = drawn.token_ids[0], drawn.logprobs[0]
-        if token in stop_ids:
-            yield Step(token, logprob, "stop", usage(count + 1))
-            return
-        if count + 1 == limit:
-            yield Step(token, logprob, "length", usage(count + 1))
-            return
-        yield Step(token, logprob)
+    try:
+        for count in range(limit):
+            if cancel.cancelled:
+                yield last(NO_TOKEN, 0.0, "cancelled", count)
+                return
+            started = time.perf_counter()
+            drawn = batch.advance(limit - count - 1)
+            if count == 0:
+                prefill_seconds += time.perf_counter() - started
+            else:
+                decode_seconds += time.perf_counter() - started
+            token, logprob = drawn.token_ids[0], drawn.logprobs[0]
+            if token in stop_ids:
+                yield last(token, logprob, "stop", count + 1)
+                return
+            if count + 1 == limit:
+                yield last(token, logprob, "length", count + 1)
+                return
+            yield Step(token, logprob)
+    finally:  # closed early, or the model failed
+        batch.forget_drafts()
 
 
 def generate_batch(
@@ -287,8 +316,12 @@ class _Batch:
         self.rows, self.generators = list(rows), list(generators)
         self.history = [[int(token) for token in prompt] for prompt in prompts]
         self.step = 0
-        self.logits = torch.empty(0)  # (B, V) of the last position
+        self.logits = torch.empty(0)  # (B, keep, V) of the last positions
+        self.place = 0  # of the logits that the next token is drawn from
         self.drawn: Draw | None = None
+        self.lookup: Lookup | None = None  # where drafts come from, for a single row
+        self.drafts: list[int] = []  # in the cache, behind the last token
+        self.forward = forward_for(model, cache)
         lengths = [len(prompt) for prompt in self.history]
         width = max(lengths)
         padded = [[0] * (width - len(prompt)) + prompt for prompt in self.history]
@@ -304,20 +337,26 @@ class _Batch:
         for start in range(0, width, chunk_tokens):
             yield start
             end = min(start + chunk_tokens, width)
-            self.logits = self._forward(self.ids[:, start:end], self.layout.prompt(start, end))
+            self.logits = self.forward(self.ids[:, start:end], self.layout.prompt(start, end), 1)
         yield width
 
-    def advance(self) -> Draw:
-        """Chooses the next token of every row, after running the model over the last ones."""
-        if self.drawn is not None:
-            self.logits = self._forward(self.drawn.ids[:, None], self.layout.step())
+    def advance(self, room: int = 0) -> Draw:
+        """Chooses the next token of every row, after running the model over the last ones.
+
+        Args:
+            room: Most tokens that may follow it; no more are drafted.
+        """
+        if self.drawn is not None and not self.drafted_right:
+            self._read(self.drawn.ids[:, None], [] if self.lookup is None else self.lookup.propose(room + 1))
         with torch.inference_mode():
             self.drawn = sample(
-                self.logits, self.options, self.generators, self.history, step=self.step, rows=self.rows
+                self.logits[:, self.place], self.options, self.generators, self.history, step=self.step, rows=self.rows
             )
         for history, token in zip(self.history, self.drawn.token_ids):
             history.append(token)
         self.step += 1
+        if self.lookup is not None:
+            self._compare(self.drawn.token_ids[0])
         return self.drawn
 
     def select(self, places: Sequence[int]) -> None:
@@ -332,25 +371,22 @@ class _Batch:
             values = getattr(self, name)
             setattr(self, name, [values[place] for place in places])
 
-    # Inference mode ends before any `yield`: left open there, it would leak into the consumer's code.
-    @torch.inference_mode()
-    def _forward(self, ids: Tensor, layout: dict[str, Tensor]) -> Tensor:
-        output = self.model(
-            input_ids=ids,
-            attention_mask=layout.get("attention_mask"),
-            position_ids=layout.get("position_ids"),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
-
 
 def _check_limits(model: LanguageModel, options: SamplingOptions, **sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{name}={value!r}: expected a whole number, 1 or more")
     options.check_vocabulary(model.config.vocab_size)
+
+
+def _check_lookup(tokens: int, cache: hf.Cache | None) -> None:
+    if not isinstance(tokens, Integral) or isinstance(tokens, bool) or tokens < 0:
+        raise UsageError(f"lookup_tokens={tokens!r}: expected a whole number, 0 (off) or more")
+    if tokens and cache is not None and not isinstance(cache, BufferCache):
+        raise UsageError(
+            f"lookup_tokens={tokens} with a {type(cache).__name__}: wrong drafts must be taken out of the cache again",
+            hint="give a cache from glmkit.engine.new_cache, or lookup_tokens=0",
+        )
 
 
 def _answer_limit(model: LanguageModel, prompt: Sequence[int], max_new_tokens: int, cached: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class InputLayout(Protocol):
-    """Masks and positions of a batch: for the prompts, then for one token after another."""
+    """Masks and positions of a batch: for the prompts, then for what follows them, token after token."""
 
     whole_prompt: bool
     """Whether a prompt must be read in one call, because its tokens look at what comes later."""
@@ -23,8 +23,12 @@ class InputLayout(Protocol):
         """Keyword arguments of the model call for columns start to end of the prompts."""
         ...
 
-    def step(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model call for the next token of every row; counts on by one."""
+    def step(self, tokens: int = 1) -> dict[str, Tensor]:
+        """Keyword arguments of the model call for the next tokens of every row; counts on by as many."""
+        ...
+
+    def rewind(self, tokens: int) -> None:
+        """Takes back the last tokens that `step` counted."""
         ...
 
     def select(self, places: Sequence[int]) -> None:
@@ -44,11 +48,9 @@ class CausalLayout:
 
     def __init__(self, width: int, pads: Tensor) -> None:
         self._mask: Tensor | None = None  # (B, S), None without padding: the model counts
-        self._positions: Tensor | None = None  # (B, T)
+        self._pads = pads
         if bool(pads.any()):
-            columns = torch.arange(width, device=pads.device)
-            self._mask = (columns >= pads[:, None]).long()
-            self._positions = (columns - pads[:, None]).clamp_(min=0)
+            self._mask = (torch.arange(width, device=pads.device) >= pads[:, None]).long()
 
     def prompt(self, start: int, end: int) -> dict[str, Tensor]:
         """Keyword arguments of the model call for columns start to end of the prompts.
@@ -60,21 +62,36 @@ class CausalLayout:
         Returns:
             Nothing without padding, else attention_mask (B, end) and position_ids (B, end - start).
         """
-        if self._mask is None or self._positions is None:
+        if self._mask is None:
             return {}
-        return {"attention_mask": self._mask[:, :end], "position_ids": self._positions[:, start:end]}
+        columns = torch.arange(start, end, device=self._pads.device)
+        return {
+            "attention_mask": self._mask[:, :end],
+            "position_ids": (columns - self._pads[:, None]).clamp_(min=0),
+        }
 
-    def step(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model call for the next token of every row.
+    def step(self, tokens: int = 1) -> dict[str, Tensor]:
+        """Keyword arguments of the model call for the next tokens of every row.
+
+        Args:
+            tokens: How many, `T`.
 
         Returns:
-            Nothing without padding, else attention_mask (B, S) and position_ids (B, 1).
+            Nothing without padding, else attention_mask (B, S) and position_ids (B, T).
         """
-        if self._mask is None or self._positions is None:
+        if self._mask is None:
             return {}
-        self._mask = torch.cat((self._mask, self._mask.new_ones((len(self._mask), 1))), dim=1)
-        self._positions = self._positions[:, -1:] + 1
-        return {"attention_mask": self._mask, "position_ids": self._positions}
+        self._mask = torch.cat((self._mask, self._mask.new_ones((len(self._mask), tokens))), dim=1)
+        return self.prompt(self._mask.shape[1] - tokens, self._mask.shape[1])
+
+    def rewind(self, tokens: int) -> None:
+        """Takes back the last tokens that `step` counted.
+
+        Args:
+            tokens: How many.
+        """
+        if self._mask is not None:
+            self._mask = self._mask[:, : self._mask.shape[1] - tokens]
 
     def select(self, places: Sequence[int]) -> None:
         """Keeps some rows of the batch.
@@ -82,9 +99,9 @@ class CausalLayout:
         Args:
             places: Their places in it.
         """
-        if self._mask is not None and self._positions is not None:
+        if self._mask is not None:
             kept = torch.tensor(list(places), device=self._mask.device)
-            self._mask, self._positions = self._mask[kept], self._positions[kept]
+            self._mask, self._pads = self._mask[kept], self._pads[kept]
 
 
 def layout_for(model: Any, ids: Tensor, pads: Tensor) -> InputLayout:

@@ -32,7 +32,8 @@ from glmkit.loading import choose_family, load, open_model, read_config, read_to
 from glmkit.location import locate
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import CheckedConfig
-from glmkit.quant.official import dequantize_rows, quantize_model
+from glmkit.quant.linear import dequantize
+from glmkit.quant.official import quantize_model
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.weights import check_model, own_names
 from glmkit.writing import save_tensors, write_folder, write_text_atomic
@@ -224,7 +225,7 @@ class _Plan:
             return self._read(self.learnt.folder, self.prefix[name])
         dtype, tensor = self.tensors[name].dtype, self._read(self.folder, name)
         if self.dequantizes and f"{name}_scale" in self.folder.tensors:
-            tensor = dequantize_rows(tensor, self._read(self.folder, f"{name}_scale"), self.bits)
+            tensor = dequantize(tensor, self._read(self.folder, f"{name}_scale"), self.bits)
         if name in self.layers and isinstance(self.learnt, Lora):
             a, b, scale = self.learnt.matrices(self.layers[name].removesuffix(".weight"))
             tensor = tensor.float().addmm_(b, a, alpha=scale)

@@ -199,7 +199,7 @@ def attention_mask(seen: Tensor, dtype: torch.dtype, eager: bool) -> tuple[Tenso
 
 
 class PrefixLayout:
-    """Masks and positions of a batch that is padded on the left: for the prompts, then for one token after another.
+    """Masks and positions of a batch that is padded on the left: for the prompts, then token after token.
 
     Args:
         ids: The prompts, (B, T) int64.
@@ -237,7 +237,7 @@ class PrefixLayout:
         self.blocked, self.dtype = blocked, dtype
 
     def prompt(self, start: int, end: int) -> dict[str, Tensor]:
-        """Keyword arguments of the model for columns start to end of the prompts.
+        """Keyword arguments of the model for columns start to end of the prompts, or of what follows them.
 
         Args:
             start: First column.
@@ -250,17 +250,25 @@ class PrefixLayout:
         seen = visible(rows, torch.arange(end, device=self.pads.device), self.context, self.pads)
         return {"attention_mask": self._in_the_models_words(seen), "position_ids": self._positions(rows)}
 
-    def step(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model for the next token of every row.
+    def step(self, tokens: int = 1) -> dict[str, Tensor]:
+        """Keyword arguments of the model for the next tokens of every row.
+
+        Args:
+            tokens: How many, `T`.
 
         Returns:
-            attention_mask (B, 1, 1, S) and position_ids, (B, 2, 1) or (B, 1).
+            attention_mask (B, 1, T, S) and position_ids, (B, 2, T) or (B, T).
         """
-        row = torch.tensor([self.columns], device=self.pads.device)
-        self.columns += 1
-        columns = torch.arange(self.columns, device=self.pads.device)
-        seen = visible(row, columns, self.context, self.pads)
-        return {"attention_mask": self._in_the_models_words(seen), "position_ids": self._positions(row)}
+        self.columns += tokens
+        return self.prompt(self.columns - tokens, self.columns)
+
+    def rewind(self, tokens: int) -> None:
+        """Takes back the last tokens that `step` counted.
+
+        Args:
+            tokens: How many.
+        """
+        self.columns -= tokens
 
     def select(self, places: Sequence[int]) -> None:
         """Keeps some rows of the batch.

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from glmkit.errors import UsageError
+from glmkit.quant.linear import QuantizedLinear, dequantize, pack_nibbles
 
 _QUANTISED = ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h")
 
@@ -45,7 +44,7 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     quantised = (weight / scale[:, None].to(weight.dtype)).round().to(torch.int8)
     if bits == 4:
-        quantised = (quantised[:, 0::2] << 4) | (quantised[:, 1::2] & 15)
+        quantised = pack_nibbles(quantised)
     return quantised, scale
 
 
@@ -55,68 +54,6 @@ def _check_columns(columns: int, bits: int) -> None:
             f"a layer with {columns} columns has no official int4 form, which holds two columns in a byte",
             hint="use official-int8, quantize(8)",
         )
-
-
-def dequantize_rows(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The inverse of `quantize_rows`, (out, in), computed in the dtype of `scale` as the official kernels do."""
-    if bits == 4:
-        weight = torch.stack((weight >> 4, (weight << 4) >> 4), dim=-1).flatten(1)
-    return weight.to(scale.dtype) * scale[:, None]
-
-
-class OfficialQuantizedLinear(nn.Module):
-    """A linear layer with the tensors of an official int8 or int4 checkpoint: `weight`, `weight_scale`, `bias`."""
-
-    weight_scale: Tensor
-
-    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight_scale = nn.Parameter(weight_scale, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.out_features, self.in_features = weight.shape[0], weight.shape[1] * (8 // bits)
-        self.scale_dtype = weight_scale.dtype  # the products were rounded in it; `model.float()` must not change them
-        self.register_state_dict_post_hook(_narrow_scale)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, bits: int) -> OfficialQuantizedLinear:
-        """Quantises a linear layer; on the meta device only the shapes are made."""
-        return cls(*_quantised(linear.weight, bits), linear.bias, bits)
-
-    def dequantize(self) -> Tensor:
-        """The weight as a matrix, (out, in), in the dtype of the checkpoint's scales."""
-        return dequantize_rows(self.weight, self.weight_scale.to(self.scale_dtype), self.bits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        if torch.is_grad_enabled() and x.requires_grad:
-            result: Tensor = _FrozenProduct.apply(x, self)
-            return result
-        return self.product(x)
-
-    def product(self, x: Tensor) -> Tensor:
-        """`W x + b` in the dtype of x."""
-        return F.linear(x, self.dequantize().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}"
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """A layer's product, whose weight is made for it and again for the gradient of its input, and never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: OfficialQuantizedLinear) -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
 
 
 class OfficialQuantizedEmbedding(nn.Module):
@@ -147,7 +84,12 @@ class OfficialQuantizedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows in the dtype of the checkpoint's scales."""
         scale = self.weight_scale[ids.flatten()].to(self.scale_dtype)
-        return dequantize_rows(self.weight[ids.flatten()], scale, self.bits).unflatten(0, ids.shape)
+        return dequantize(self.weight[ids.flatten()], scale, self.bits).unflatten(0, ids.shape)
+
+
+def quantize_linear(linear: nn.Linear, bits: int) -> QuantizedLinear:
+    """Quantises a linear layer; on the meta device only the shapes are made."""
+    return QuantizedLinear(*_quantised(linear.weight, bits), linear.bias, bits)
 
 
 def _quantised(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +144,7 @@ def quantize_model(model: nn.Module, bits: int, *, embeddings: bool | None = Non
         _quantize_embedding(model, bits)
     for name in list(chosen):
         module = chosen.pop(name)  # its memory goes before the next is made
-        model.set_submodule(name, OfficialQuantizedLinear.from_linear(module, bits))
+        model.set_submodule(name, quantize_linear(module, bits))
     model.config.quantization_bit = bits  # type: ignore[union-attr]
     return model
 
@@ -218,7 +160,7 @@ def _quantize_embedding(model: nn.Module, bits: int) -> None:
             hint="only ChatGLM-6B has a release with a quantised embedding; leave it out",
         )
     packed = OfficialQuantizedEmbedding.from_embedding(table, bits)
-    head = OfficialQuantizedLinear(packed.weight, packed.weight_scale, None, bits)
+    head = QuantizedLinear(packed.weight, packed.weight_scale, None, bits)
     head.weight, head.weight_scale = packed.weight, packed.weight_scale  # the same parameters, not others on their data
     model.set_submodule("transformer.word_embeddings", packed)
     model.set_submodule("lm_head", head)

@@ -1,0 +1,194 @@
+"""Scales of our int4 and int8 forms, searched instead of taken from the largest number.
+
+A group of int4 is 32 numbers `w` of a row that share a scale `s`; in their place stand codes `q` from -8 to 7, read as
+`s q`. Rounding to nearest takes `s = max|w| / 7` and never uses the code -8. Three things are better:
+
+    sign     with a negative scale the largest number may be code -8: 8 steps instead of 7 between it and zero
+    clip     a smaller scale rounds the largest number down and all others finer
+    fit      the best scale for given codes is  sum(w q) / sum(q q)
+
+So a fixed list of codes `d` for the largest number `m` is tried, `s = m / d`. The codes whose error after the fit is
+smallest win; codes and fit are then made once more in turn, with scales rounded to float16, and the better of this and
+rounding to nearest is taken. Errors are squared, and weighted by the importance of each column if it is given.
+
+Source of the sign: llama.cpp, block_q4_0 of ggml-quants.c, which takes d = -8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from glmkit.errors import UsageError
+from glmkit.quant.linear import GROUP, pack_nibbles
+
+# Codes to try for the number of largest magnitude, the most useful first. Positive ones would change the result by 0.1 %.
+DIVISORS = (-8.2, -7.2, -8.7, -7.8, -6.5, -9.1)
+_CHUNK = 1 << 18  # numbers searched together: a few MB of temporaries, which stay in the cache
+_REFITS = 2
+_LARGEST = torch.finfo(torch.float16).max
+_LEAST = 1e-6
+
+
+def quantize_groups(
+    weight: Tensor, importance: Tensor | None = None, *, divisors: Sequence[float] = DIVISORS
+) -> tuple[Tensor, Tensor]:
+    """Quantises a weight to int4 in groups of 32 columns.
+
+    Args:
+        weight: (N, K), floating point; K a multiple of 32.
+        importance: (K,), how much a squared error of each column counts, for instance the mean square of its input.
+            None: all the same.
+        divisors: Which codes to try for the largest number of a group. None at all is rounding to nearest.
+
+    Returns:
+        Codes, int8 (N, K / 2), the even column in the high nibble, both nibbles two's complement; and scales, float16
+        (N, K / 32), which may be negative. A group of zeros has scale 1.
+
+    Raises:
+        UsageError: K is no multiple of 32, a number is not finite, or too large for a scale in float16.
+    """
+    rows, columns = weight.shape
+    if columns % GROUP:
+        raise UsageError(
+            f"a layer with {columns} columns has no int4 form, which has groups of {GROUP}", hint="use int8"
+        )
+    counts = None if importance is None else _checked(importance, columns).view(-1, GROUP).t()[:, None]  # (32, 1, K/32)
+    packed = torch.empty(rows, columns // 2, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(rows, columns // GROUP, dtype=torch.float16, device=weight.device)
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part = weight[start : start + step].detach().unflatten(1, (-1, GROUP)).permute(2, 0, 1).float().contiguous()
+        found = search_scales(part, 4, counts, divisors)  # (n, K/32)
+        scale[start : start + step] = found
+        packed[start : start + step] = pack_nibbles(codes_of(part, found, 4).to(torch.int8).permute(1, 2, 0).flatten(1))
+    return packed, scale
+
+
+def quantize_rows(
+    weight: Tensor, importance: Tensor | None = None, *, divisors: Sequence[float] = (-128.0, 127.0, 125.0)
+) -> tuple[Tensor, Tensor]:
+    """Quantises a weight to int8 with a scale for each row.
+
+    Args:
+        weight: (N, K), floating point.
+        importance: (K,), as in `quantize_groups`.
+        divisors: Which codes to try for the largest number of a row. None at all is rounding to nearest.
+
+    Returns:
+        Codes, int8 (N, K), and scales, float16 (N,). A row of zeros has scale 1.
+
+    Raises:
+        UsageError: A number is not finite, or too large for a scale in float16.
+    """
+    rows, columns = weight.shape
+    counts = None if importance is None else _checked(importance, columns)[:, None]  # (K, 1)
+    codes = torch.empty(rows, columns, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(rows, dtype=torch.float16, device=weight.device)
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part = weight[start : start + step].detach().t().float().contiguous()
+        scale[start : start + step] = search_scales(part, 8, counts, divisors)
+        codes[start : start + step] = codes_of(part, scale[start : start + step], 8).t()
+    return codes, scale
+
+
+def search_scales(w: Tensor, bits: int, importance: Tensor | None, divisors: Sequence[float]) -> Tensor:
+    """The scales of groups that lie along the first dimension, so that sums over a group are sums of whole rows.
+
+    Args:
+        w: (group size, ...), float32, finite.
+        bits: 4 or 8.
+        importance: A shape that broadcasts to that of w, positive.
+        divisors: Which codes to try for the largest number of a group.
+
+    Returns:
+        float16 (...), none of them 0.
+
+    Raises:
+        UsageError: A scale is too large for float16.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    most, least = w.amax(0), w.amin(0)
+    peak = torch.where(most > -least, most, least)
+    _check(w, peak.abs() / high)
+    best = _half(peak.abs() / high)
+    if not divisors:
+        return best
+    weighted = w if importance is None else w * importance
+    gain = torch.zeros_like(peak)  # what the codes found so far, with their fit, take from the error of all zeros
+    scale = torch.zeros_like(peak)
+    for divisor in divisors:
+        q = (w * torch.where(peak == 0, 0.0, divisor / peak)).round_().clamp_(low, high)
+        product, square = _sums(q, weighted, importance)
+        fit = product / square
+        found = product * fit
+        better = found > gain  # never if all codes are 0 and fit is not a number
+        gain, scale = torch.where(better, found, gain), torch.where(better, fit, scale)
+    error = _error(w, codes_of(w, best, bits), best, importance)
+    for _ in range(_REFITS):
+        scale = _half(scale)
+        q = codes_of(w, scale, bits)
+        found = _error(w, q, scale, importance)
+        best, error = torch.where(found < error, scale, best), torch.minimum(found, error)
+        product, square = _sums(q, weighted, importance)
+        scale = product / square
+    return best
+
+
+def codes_of(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The nearest codes, in the dtype of w.
+
+    Args:
+        w: (group size, ...).
+        scale: (...), not 0.
+        bits: 4 or 8.
+    """
+    return (w / scale.to(w.dtype)).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _sums(q: Tensor, weighted: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum(w q) and sum(q q) of each group, both weighted."""
+    return (q * weighted).sum(0), (q.square() if importance is None else q.square() * importance).sum(0)
+
+
+def _error(w: Tensor, q: Tensor, scale: Tensor, importance: Tensor | None) -> Tensor:
+    rest = (w - q * scale.float()).square_()
+    return (rest if importance is None else rest * importance).sum(0)
+
+
+def _half(scale: Tensor) -> Tensor:
+    """Rounded to float16; 1 where nothing is left (codes are 0 then) or there was nothing to fit."""
+    half = scale.clamp(-_LARGEST, _LARGEST).half()
+    return torch.where((half == 0) | half.isnan(), 1.0, half).half()
+
+
+def _check(w: Tensor, scale: Tensor) -> None:
+    """Refuses what no scale in float16 stands for. NaN goes through amax, so the scales tell."""
+    if (scale <= _LARGEST).all():
+        return
+    wrong = w[~w.isfinite()]
+    if len(wrong):
+        raise UsageError(
+            f"a weight holds {wrong[0].item()}; expected finite numbers",
+            hint="the checkpoint is damaged, or its training has diverged",
+        )
+    raise UsageError(
+        f"a weight of {w.abs().max().item():.3g} needs a scale beyond float16, whose largest is {_LARGEST:.0f}",
+        hint="weights of trained models are far smaller; leave this layer as it is",
+    )
+
+
+def _checked(importance: Tensor, columns: int) -> Tensor:
+    """Importance in float32 with mean 1; a column that counts nothing still counts a little, so that its codes fit."""
+    if importance.shape != (columns,) or not importance.isfinite().all() or (importance < 0).any():
+        raise UsageError(
+            f"importance of shape {tuple(importance.shape)} for {columns} columns; "
+            "expected as many finite numbers, none negative"
+        )
+    mean = importance.double().mean()
+    return (
+        torch.ones_like(importance, dtype=torch.float32) if mean == 0 else (importance / mean).float().clamp(min=_LEAST)
+    )
