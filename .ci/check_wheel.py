@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src"
 BUILTIN_LIMIT_BYTES = 16_000_000
 REQUIRED = ["glmkit/py.typed", "glmkit/recipes/nano.yaml", "glmkit/recipes/deepspeed_zero2.json"]
+REQUIRED += ["glmkit/kernels/source/glmkit.cpp", "glmkit/kernels/source/linear.h"]
 if (SOURCE / "glmkit" / "builtin" / "glm-nano").exists():
     REQUIRED += [f"glmkit/builtin/glm-nano/{name}" for name in ("config.json", "model.safetensors", "tokenizer.model")]
 

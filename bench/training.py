@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glmkit import hf
+from glmkit.bench.measure import PeakMemory, memory_bytes
 from glmkit.data.examples import IGNORED, Example
 from glmkit.loading import load
 from glmkit.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM
@@ -44,7 +45,6 @@ from glmkit.train.arguments import MethodBlock, TrainBlock
 from glmkit.train.methods import make_method
 from glmkit.train.processes import OneProcess, learning
 from glmkit.train.sources import Records
-from loading import PeakMemory, anonymous_bytes
 
 MAXIMUM = {"adgen": 193, "long": 2048, "2048": 2048}
 
@@ -88,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     examples = make_examples(arguments.lengths, arguments.records, model.config.padded_vocab_size)
     step = _ours if arguments.variant == "ours" else _official
     do_step = step(prepared, examples, arguments)
-    before = anonymous_bytes()
+    before = memory_bytes("RssAnon")
     seconds, tokens, loss = [], 0.0, 0.0
     with PeakMemory() as peak:
         if arguments.steps > 1:

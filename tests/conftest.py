@@ -9,10 +9,12 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Token ids that tests make are kept in a folder of their own."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
+    """Token ids that tests make are kept in a folder of their own; native code, which takes long, from run to run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        cache = getattr(pytestconfig, "cache", None)  # the same for all workers; missing with -p no:cacheprovider
+        patch.setenv("GLMKIT_CACHE", str(cache.mkdir("glmkit") if cache else tmp_path_factory.mktemp("kernels")))
         yield
 
 

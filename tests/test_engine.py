@@ -261,8 +261,8 @@ class Layout:
     def prompt(self, start, end):
         return {"attention_mask": torch.tensor(self.rows), "position_ids": torch.tensor([start, end])}
 
-    def step(self):
-        self.columns += 1
+    def step(self, tokens=1):
+        self.columns += tokens
         return {"attention_mask": torch.tensor(self.rows), "position_ids": torch.tensor([self.columns])}
 
     def select(self, places):
@@ -538,6 +538,23 @@ def test_cache_rows_can_be_selected_reordered_and_repeated(model):
         cache.truncate(9)
     cache.reset()
     assert cache.get_seq_length() == 0
+
+
+def test_rows_that_share_their_beginning_are_reordered_where_they_are(model):
+    layer, shared = new_cache(model, 3, 8).layers[0], torch.randn(1, 2, 2, 4)
+    keys = torch.cat((shared.expand(3, -1, -1, -1), torch.randn(3, 2, 3, 4)), dim=2)
+    layer.update(keys, -keys)
+    place = layer.keys.data_ptr()
+    layer.keys[:, :, 5:] = 7.0  # the room behind is not looked at
+    for order in ([2, 2, 0], [1, 0, 2]):
+        layer.batch_select_indices(torch.tensor(order), shared_tokens=2)
+        keys = keys[order]
+        assert torch.equal(layer.keys[:, :, :5], keys)
+        assert torch.equal(layer.values[:, :, :5], -keys)
+        assert layer.keys.data_ptr() == place
+    layer.batch_select_indices(torch.tensor([2]), shared_tokens=2)
+    assert torch.equal(layer.keys[:, :, :5], keys[2:])
+    assert layer.keys.shape == (1, 2, 8, 4)
 
 
 def test_truncate_mends_an_interrupted_step(model):

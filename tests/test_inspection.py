@@ -47,7 +47,8 @@ def test_released_sizes(name: str) -> None:
     assert {cost["kv_cache"] for cost in memory.values()} == {cache} == {234_881_024}
     assert memory["float16"]["weights"] == 2 * 6_243_584_000
     assert memory["int8"]["weights"] == QUANTISED + 2 * ROWS + 2 * OTHERS
-    assert memory["int4"]["weights"] == QUANTISED // 2 + 2 * ROWS + 2 * OTHERS
+    assert memory["int4"]["weights"] == QUANTISED // 2 + 2 * (QUANTISED // 32) + 2 * OTHERS
+    assert memory["official-int4"]["weights"] == QUANTISED // 2 + 2 * ROWS + 2 * OTHERS
     assert all(cost["total"] == cost["weights"] + cost["kv_cache"] for cost in memory.values())
     assert found["source"] == "released sizes; not on this machine"
     assert found["generation"] == int(found["family"][7])
@@ -78,7 +79,7 @@ def test_a_folder(folder: Path) -> None:
     assert memory["float16"]["weights"] == in_memory(model)
     for bits in (8, 4):
         quantised = glmkit.load(folder, dtype="float16", quantize=f"official-int{bits}").model
-        assert memory[f"int{bits}"]["weights"] == in_memory(quantised)
+        assert memory[{8: "int8", 4: "official-int4"}[bits]]["weights"] == in_memory(quantised)
     with torch.no_grad():
         cache = model(torch.zeros(3, 100, dtype=torch.int64), use_cache=True).past_key_values
     assert memory["int4"]["kv_cache"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -95,7 +96,9 @@ def test_a_quantised_folder_has_as_many_parameters_as_before(folder: Path, tmp_p
     assert found["dtypes"] == ["float16", "int8"]
     assert found["config"]["quantization_bit"] == bits
     assert found["stored_bytes"] == in_memory(loaded.model)
-    assert found["memory_bytes"][f"int{bits}"]["weights"] == in_memory(loaded.model)
+    assert found["quantised"] == {"quant_method": "official", "scheme": f"official-int{bits}", "bits": bits}
+    label = {8: "int8", 4: "official-int4"}[bits]
+    assert found["memory_bytes"][label]["weights"] == in_memory(loaded.model)
     assert found["memory_bytes"]["float16"]["weights"] == before["memory_bytes"]["float16"]["weights"]
 
 

@@ -151,7 +151,8 @@ def test_large_float16_checkpoints_become_bfloat16_on_a_cpu(monkeypatch: pytest.
         ({"dtype": "object"}, "dtype='object'", "bfloat16"),
         ({"device": "tpu9000"}, "no device", "auto, cpu"),
         ({"device": "cuda:7"}, "this machine has", "auto"),
-        ({"quantize": "int4"}, "not in this version", "official-int4"),
+        ({"quantize": "int4"}, "int4 has groups of 32 columns", "int8"),  # this folder has layers of 48
+        ({"kernels": "fast"}, "kernels='fast'", "native"),
         ({"quantize": "awq"}, "awq", "official-int8"),
         ({"family": "llama"}, "llama", "FAMILIES"),
         ({"adapter": "nowhere"}, "nowhere", "folder"),

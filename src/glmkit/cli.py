@@ -26,6 +26,8 @@ _VERB_SYNONYMS = {
     "eval": "evaluate",
     "show": "inspect",
     "info": "inspect",
+    "env": "doctor",
+    "diagnose": "doctor",
     "demo": "quickstart",
     "start": "quickstart",
 }
@@ -110,6 +112,7 @@ def _start_page() -> str:
         (f"glm chat {big.name}", f"talk to a real one ({big.bytes / 1e9:.1f} GB, fetched if you add --yes)"),
         (f"glm inspect {big.name}", "what a model is and how much memory it needs"),
         ("glm finetune adgen_lora", "tune a model with LoRA; recipes are YAML files"),
+        ("glm doctor", "what this machine computes with, and what would make it faster"),
         ("glm --help", "all verbs; glm VERB --help for one"),
     ]
     width = max(len(call) for call, _ in lines)

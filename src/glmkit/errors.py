@@ -90,5 +90,9 @@ class MissingDependencyError(GlmkitError, ImportError):
         )
 
 
+class KernelsError(GlmkitError, RuntimeError):
+    """Native code that cannot be built, trusted or loaded here."""
+
+
 class OutputError(GlmkitError, RuntimeError):
     """A file or folder that cannot be written where it was asked for."""

@@ -19,9 +19,10 @@ from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.quant.memory import memory_per_device
-from glmkit.quant.official import is_quantised_layer, quantize_model
+from glmkit.quant.official import is_quantised_layer
+from glmkit.quant.schemes import FORMS, Form, scheme_of
 from glmkit.registration import LANGUAGE_MODELS
-from glmkit.weights import check_model, own_names
+from glmkit.weights import check_model, empty_model, own_names
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -79,6 +80,7 @@ def inspect(
         "generation": generation,
         "source": source,
         "licence": family.licence if family else None,
+        "quantised": _format(config),
         "config": {key: value for key, value in config.to_diff_dict().items() if isinstance(value, (int, float, str))},
         "parameters": sum(_parameters(name, shape, config) for name, (shape, _) in read.items()),
         "dtypes": sorted({str(dtype).removeprefix("torch.") for _, dtype in tensors.values()}),
@@ -107,11 +109,7 @@ def released_config(family: Family) -> CheckedConfig:
 
 def _built(config: CheckedConfig) -> Tensors:
     """The tensors that a released checkpoint of this config has, in float16 where they are not quantised."""
-    bits = getattr(config, "quantization_bit", 0)
-    with torch.device("meta"):
-        model = LANGUAGE_MODELS[type(config)](config)
-        if bits:
-            quantize_model(model, bits)
+    model = empty_model(LANGUAGE_MODELS[type(config)], config)
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     return {
         name: (tuple(tensor.shape), torch.float16 if tensor.is_floating_point() else tensor.dtype)
@@ -132,17 +130,14 @@ def _check(folder: Folder, config: CheckedConfig) -> set[str]:
         # One of another form, or an empty one, is refused below by its shape.
         config.num_labels = head.shape[0] if len(head.shape) == 2 and head.nbytes else 1
         chosen = ChatGLM2ForSequenceClassification
-    with torch.device("meta"):
-        model = chosen(config)
-        if getattr(config, "quantization_bit", 0):
-            quantize_model(model, config.quantization_bit)
+    model = empty_model(chosen, config)
     check_model(folder, model)
     return set(own_names(folder, model))
 
 
 def _memory_per_device(tensors: Tensors, config: CheckedConfig, number: int, tokens: int) -> dict[str, dict[str, int]]:
     """What one of several devices holds; the kind of numbers that are stored does not matter."""
-    if getattr(config, "quantization_bit", 0):
+    if getattr(config, "quantization_bit", 0) or scheme_of(config) is not None:
         raise UsageError(
             "the memory per device is counted from weights that are not quantised", hint="inspect the float16 model"
         )
@@ -154,11 +149,20 @@ def _memory_per_device(tensors: Tensors, config: CheckedConfig, number: int, tok
     }
 
 
+def _format(config: CheckedConfig) -> dict[str, Any] | None:
+    """The format of quantised weights, for people and programs; None for a checkpoint of floating-point numbers."""
+    scheme, bits = scheme_of(config), getattr(config, "quantization_bit", 0)
+    if scheme is not None:
+        return scheme.to_config()
+    return {"quant_method": "official", "scheme": f"official-int{bits}", "bits": bits} if bits else None
+
+
 def _parameters(name: str, shape: tuple[int, ...], config: CheckedConfig) -> int:
     if name.endswith(".weight_scale"):
         return 0
-    packed = getattr(config, "quantization_bit", 0) == 4 and _is_quantised(name, config)
-    return prod(shape) * (2 if packed else 1)
+    scheme = scheme_of(config)
+    bits = getattr(config, "quantization_bit", 0) if scheme is None else scheme.form.bits
+    return prod(shape) * (2 if bits == 4 and _is_quantised(name, config) else 1)
 
 
 def _is_quantised(name: str, config: CheckedConfig) -> bool:
@@ -169,16 +173,17 @@ def _is_quantised(name: str, config: CheckedConfig) -> bool:
 
 
 def _memory(tensors: Tensors, config: CheckedConfig, context_tokens: int, batch: int) -> dict[str, dict[str, int]]:
-    """Bytes of weights (float16, or official int8 and int4 with float16 scales) and of a float16 KV cache."""
+    """Bytes of weights (float16, official int8 and int4, our int4; scales included) and of a float16 KV cache."""
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers of one token
     cache = row * 2 * context_tokens * batch
     table = {}
-    for label, bits in (("float16", 16), ("int8", 8), ("int4", 4)):
+    forms = {"float16": None, "int8": FORMS["int8"], "int4": FORMS["int4"], "official-int4": Form(4, None)}
+    for label, form in forms.items():
         weights = 0
         for name, (shape, _) in tensors.items():
             parameters = _parameters(name, shape, config)
-            if bits < 16 and _is_quantised(name, config):
-                weights += parameters * bits // 8 + 2 * shape[0]
+            if form is not None and _is_quantised(name, config):
+                weights += form.nbytes(shape[0], parameters // shape[0])
             else:
                 weights += parameters * 2
         table[label] = {"weights": weights, "kv_cache": cache, "total": weights + cache}

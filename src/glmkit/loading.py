@@ -29,6 +29,8 @@ from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
 from glmkit.quant.bitsandbytes import BITS, bitsandbytes
+from glmkit.quant.linear import pack_model
+from glmkit.quant.schemes import scheme_of
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import is_model_parallel, open_model_parallel
 from glmkit.tokenizers import has_tokenizer, load_tokenizer
@@ -36,7 +38,16 @@ from glmkit.weights import Devices, check_model, load_model
 
 logger = logging.getLogger("glmkit")
 
-_QUANTIZE: dict[str, int | str] = {"official-int8": 8, "official-int4": 4, "bnb-int8": "bnb-int8", "bnb-nf4": "bnb-nf4"}
+_QUANTIZE: dict[str, int | str] = {
+    "int8": "int8",
+    "int4": "int4",
+    "official-int8": 8,
+    "official-int4": 4,
+    "bnb-int8": "bnb-int8",
+    "bnb-nf4": "bnb-nf4",
+}
+KERNELS = ("auto", "native", "torch")
+"""What `load` takes for kernels."""
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPES |= {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "half": torch.float16}
 # What a class adds to a released checkpoint, to be trained: prefix encoder and classification heads.
@@ -162,6 +173,7 @@ def load(
     device: Any = "auto",
     quantize: str | None = None,
     *,
+    kernels: str = "auto",
     config: Mapping[str, Any] | None = None,
     adapter_config: Mapping[str, Any] | None = None,
     family: str | None = None,
@@ -181,8 +193,11 @@ def load(
         device: "auto" (the accelerator if there is one, else the CPU), "cpu", "cuda:1", "npu" …; several devices
             (["cuda:0", "cuda:1"]), "balanced" for all accelerators, or a table of modules to devices: whole blocks on
             each.
-        quantize: None; "official-int8" or "official-int4", row-wise; "bnb-int8" or "bnb-nf4" of bitsandbytes, if it is
-            installed. Done while loading.
+        quantize: None; "int8" or "int4", our formats with searched scales; "official-int8" or "official-int4",
+            row-wise; "bnb-int8" or "bnb-nf4" of bitsandbytes, if it is installed. Done while loading.
+        kernels: What multiplies quantised weights on a CPU. "auto": native code, where there is any and the model
+            computes in 16 bit; it rounds activations to int8 in groups of 32, so that float32, which means exact, stays
+            with torch. "native": also in float32. "torch": never, as training wants it.
         config: Fields of config.json that the folder does not have. The original model-parallel checkpoints have none
             and do not say the number of heads, which is known for released sizes only: {"num_attention_heads": 16}.
         adapter_config: Fields of adapter_config.json that an adapter's folder does not have: {"lora_alpha": 16}.
@@ -195,12 +210,14 @@ def load(
         A `Loaded`.
 
     Raises:
-        UsageError: An unknown name or argument.
+        UsageError: An unknown name or argument, or kernels="native" where there are none.
         CheckpointError: A damaged or foreign folder, with everything that is wrong with it.
         ConfigError: A config that asks for what is not computed.
     """
     arguments = _accept_synonyms({"adapter": adapter, "dtype": dtype, "device": device, "quantize": quantize}, others)
     adapter, dtype, device, quantize = (arguments[name] for name in ("adapter", "dtype", "device", "quantize"))
+    if kernels not in KERNELS:
+        raise UsageError(f"kernels={kernels!r}", hint=", ".join(KERNELS))
     register()
     row = choose_family(path, family)
     location = locate(path, download=download, revision=revision)
@@ -223,6 +240,7 @@ def load(
             target,
             quantize=bits,
         )
+        pack_model(model, kernels)
         own = Adapters(model) if paths else None
         if own is not None:
             for name, one in learnt.items():
@@ -303,6 +321,7 @@ def read_config(folder: Folder, family: Family | None = None, *, overrule: bool 
     config: CheckedConfig = chosen.from_dict(values)
     _decide_rope(config, folder)
     config.check()
+    scheme_of(config)  # refuses formats that are not read
     return config
 
 
@@ -398,7 +417,11 @@ def choose_dtype(dtype: str | torch.dtype | None, folder: Folder, device: torch.
         if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
             raise UsageError(f"dtype={dtype!r}", hint="auto, float32, bfloat16 or float16")
         return chosen
-    own = [info.dtype for info in folder.tensors.values() if info.dtype in _DTYPES.values()]
+    own = [
+        info.dtype
+        for name, info in folder.tensors.items()
+        if info.dtype in _DTYPES.values() and not name.endswith(".weight_scale")  # ours are always float16
+    ]
     stored = max(set(own), key=own.count) if own else torch.float32
     if stored == torch.float16 and device.type == "cpu":
         return torch.float32 if folder.nbytes < _SMALL_BYTES else torch.bfloat16
@@ -475,10 +498,6 @@ def _accept_synonyms(arguments: dict[str, Any], others: dict[str, Any]) -> dict[
 def _bits(quantize: str | None) -> int | str | None:
     if quantize is None:
         return None
-    if quantize in ("int8", "int4"):
-        raise UsageError(
-            f"quantize={quantize!r}: our own formats are not in this version", hint=f"use 'official-{quantize}'"
-        )
     if quantize not in _QUANTIZE:
         raise UsageError(f"quantize={quantize!r}", hint=f"None, {', '.join(_QUANTIZE)}")
     if quantize in BITS:
@@ -510,8 +529,8 @@ def choose_family(path: str | Path, family: str | None = None) -> Family | None:
 def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     """`from_pretrained` of our classes: the gate checks the folder, then transformers loads it.
 
-    One kind of folder it does not hand over: those in the official quantised format, which transformers does not
-    know. `device` and `empty_init` are accepted because the official classes take them, and `trust_remote_code` stays
+    Quantised folders, in the official format or ours, it does not hand over, because transformers does not know them.
+    `device` and `empty_init` are accepted because the official classes take them, and `trust_remote_code` stays
     here: with it transformers would run python files that lie beside the weights.
 
     Args:
@@ -553,7 +572,7 @@ def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **
             config, kwargs = chosen.from_dict(folder.config, return_unused_kwargs=True, **kwargs)
         _decide_rope(config, folder)
         config.check()
-        if getattr(config, "quantization_bit", 0):
+        if getattr(config, "quantization_bit", 0) or scheme_of(config) is not None:
             model = _load_quantised(folder, cls, config, kwargs)
         else:
             with torch.device("meta"):
@@ -566,10 +585,11 @@ def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **
 
 
 def _load_quantised(folder: Folder, cls: Any, config: CheckedConfig, kwargs: dict[str, Any]) -> Any:
-    """Loads a checkpoint in the official quantised format, with the arguments of transformers that matter for it."""
+    """Loads a checkpoint in a format of quant/, with the arguments of transformers that matter for it."""
     if kwargs.get("quantization_config") is not None:
         raise UsageError(
-            f"the checkpoint is already quantised to {config.quantization_bit} bits",
+            "the checkpoint is already quantised to "
+            + getattr(scheme_of(config), "name", f"{config.quantization_bit} bits"),
             hint="leave out quantization_config, or load the unquantised checkpoint",
         )
     if kwargs.get("attn_implementation"):

@@ -34,6 +34,7 @@ from glmkit.location import locate
 from glmkit.models.partition import Rule, partition_of, ranges, split
 from glmkit.quant.linear import QuantizedLinear
 from glmkit.quant.official import quantize_model
+from glmkit.quant.schemes import scheme_of
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import PartFolder
 from glmkit.weights import load_model
@@ -148,6 +149,8 @@ def shard_model(model: nn.Module, rank: int, degree: int, group: Group = None) -
 
 
 def _part(module: Any, rule: Rule, rank: int, degree: int, group: Group, name: str) -> nn.Module:
+    if isinstance(module, QuantizedLinear):
+        module.unpack()
     weight = split(module.weight.detach(), rule, rank, degree, name)
     if isinstance(module, nn.Embedding):
         part: Any = VocabularyEmbedding(weight.shape[0], weight.shape[1], device="meta")
@@ -157,7 +160,7 @@ def _part(module: Any, rule: Rule, rank: int, degree: int, group: Group, name: s
         bias = split(bias, rule, rank, degree, name) if bias is not None and rule.dim == 0 else bias
         if isinstance(module, QuantizedLinear):
             scale = module.weight_scale.detach()
-            scale = split(scale, rule, rank, degree, name) if rule.dim == 0 else scale
+            scale = split(scale, rule, rank, degree, name) if rule.dim == 0 or scale.ndim == 2 else scale
             kind = QuantizedLinear if rule.dim == 0 else SummedQuantizedLinear
             part = kind(weight, scale, bias, module.bits)
             part.scale_dtype = module.scale_dtype
@@ -216,6 +219,11 @@ def load_part(
         CheckpointError: Missing, unexpected or misshapen tensors, all of them.
         UsageError: The model cannot be divided so.
     """
+    if scheme_of(config) is not None:
+        raise UsageError(
+            "glmkit's own int8 and int4 are for one device or whole blocks on several, not for tensor parallelism",
+            hint="use the checkpoint that is not quantised, or an official int4 one",
+        )
     part: Any = PartFolder(folder, partition_of(config), rank, degree)
     config.quantization_bit = part.bits
 

@@ -98,6 +98,7 @@ def plan_layers(
     *,
     dtype: torch.dtype | None = None,
     quantize: int | None = None,
+    group_size: int | None = None,
 ) -> dict[str, torch.device]:
     """Which device each block gets, and "" for everything else; see `place_layers`. Works on the meta device.
 
@@ -107,6 +108,7 @@ def plan_layers(
         memory: As for `place_layers`.
         dtype: Floating dtype that the weights will have; None: the one they have.
         quantize: 4 or 8 if the linears of the blocks will be quantised.
+        group_size: Columns that will share a scale; None for scales of whole rows, which are not counted.
 
     Returns:
         Name of a block, or "" -> device.
@@ -118,7 +120,7 @@ def plan_layers(
     blocks = _blocks(model)
     if not blocks:
         raise UsageError("the model has no blocks named layers.0, layers.1 …")
-    tensors = _bytes(model, dtype, quantize)
+    tensors = _bytes(model, dtype, quantize, group_size)
     sizes = {block: sum(size for name, size in tensors.items() if name.startswith(f"{block}.")) for block in blocks}
     whole = sum(tensors.values())
     ends = whole - sum(sizes.values())
@@ -204,14 +206,18 @@ def _blocks(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if _BLOCK.fullmatch(name)]
 
 
-def _bytes(model: nn.Module, dtype: torch.dtype | None, bits: int | None) -> dict[str, int]:
+def _bytes(
+    model: nn.Module, dtype: torch.dtype | None, bits: int | None, group_size: int | None = None
+) -> dict[str, int]:
     """Size of every tensor as it will be; one with two names counts once."""
     sizes = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         size = tensor.element_size() if dtype is None or not tensor.is_floating_point() else dtype.itemsize
         quantised = bits and tensor.is_floating_point() and leaf == "weight" and is_quantised_layer(owner)
-        sizes[name] = tensor.numel() * bits // 8 if bits and quantised else tensor.numel() * size
+        sizes[name] = tensor.numel() * size
+        if bits and quantised:
+            sizes[name] = tensor.numel() * bits // 8 + (2 * tensor.numel() // group_size if group_size else 0)
     return sizes
 
 

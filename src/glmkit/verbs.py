@@ -143,7 +143,7 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, npu, ...")]
 Quantize = Annotated[
     str | None,
-    typer.Option("--quantize", "-q", help="official-int8 or -int4, bnb-int8 or bnb-nf4; done while loading."),
+    typer.Option("--quantize", "-q", help="int8 or int4, official-int8 or -int4, bnb-int8 or bnb-nf4; while loading."),
 ]
 FamilyName = Annotated[str | None, typer.Option("--family", help="What the folder is, if it does not say it itself.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change; repeatable.")]
@@ -181,6 +181,10 @@ def chat(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; repeatable.")
     ] = None,
+    lookup: Annotated[
+        int | None,
+        typer.Option("--lookup", metavar="N", help="Draft up to N tokens from the text: same answer, often faster."),
+    ] = None,
     continue_: Annotated[bool, typer.Option("--continue", "-c", help="Continue the last conversation.")] = False,
     json_: Json = False,
     plain: Annotated[bool, typer.Option("--plain", help="No line editor and no colours.")] = False,
@@ -200,6 +204,7 @@ def chat(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "stop": tuple(stop) if stop else None,
+        "lookup_tokens": lookup,
     }
     loading = {"adapter": _named_adapters(adapter), "dtype": dtype, "device": device}
     loading |= {"quantize": quantize, "family": family}
@@ -455,6 +460,26 @@ def version(json_: Json = False) -> int:
     return 0
 
 
+@_verb("Say what this machine computes with, and what would make it faster.")
+def doctor(json_: Json = False) -> int:
+    """Looks at the machine; the first time it also compiles the native kernels."""
+    import logging
+
+    from glmkit.doctor import describe, diagnose
+
+    told, logger = logging.StreamHandler(), logging.getLogger("glmkit")
+    before = logger.level
+    logger.addHandler(told)
+    logger.setLevel(logging.INFO)  # compiling takes a while, and says so
+    try:
+        found = diagnose()
+    finally:
+        logger.removeHandler(told)
+        logger.setLevel(before)
+    print(json.dumps(found, ensure_ascii=False, indent=2) if json_ else describe(found))
+    return 0
+
+
 # --- what verbs print and check ---
 
 
@@ -489,6 +514,7 @@ def describe_model(found: dict[str, Any]) -> str:
         f"  licence     {found['licence'] or 'unknown'}",
         f"  parameters  {found['parameters']:,} in {', '.join(found['dtypes'])}",
         f"  stored      {in_units(found['stored_bytes'])}",
+        *([f"  quantised   {_described_format(found['quantised'])}"] if found["quantised"] else []),
         "  sizes       " + ", ".join(f"{name} {config[name]}" for name in names if name in config),
         "",
         f"memory for {found['context_tokens']:,} tokens x {found['batch']}:",
@@ -500,6 +526,12 @@ def describe_model(found: dict[str, Any]) -> str:
         listed = [(one["name"], " x ".join(map(str, one["shape"])), one["dtype"]) for one in found["tensors"]]
         lines += ["", table([("tensor", "shape", "dtype"), *listed])]
     return "\n".join(lines)
+
+
+def _described_format(found: dict[str, Any]) -> str:
+    one_for = f"{found['group_size']} columns" if found.get("group_size") else "row"
+    output = f"; output layer {found['output_layer']}" if found.get("output_layer") else ""
+    return f"{found['scheme']}: {found['bits']} bits, a scale for each {one_for}{output}"
 
 
 def _memory_table(costs: dict[str, dict[str, int]]) -> str:
@@ -724,6 +756,43 @@ def merge(
     return 0
 
 
+@_verb("Write a checkpoint with int8 or int4 weights, in a folder that loads in a fraction of the memory.")
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder, model name or hub id.", metavar="SRC")],
+    target: Annotated[str, typer.Argument(help="Folder to make.", metavar="DST")],
+    scheme: Annotated[str, typer.Option("--scheme", "-s", help="int8 or int4.")],
+    output_layer: Annotated[str, typer.Option("--output-layer", help="keep, or int8.")] = "keep",
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="int4: a text by which weights are chosen (GPTQ). Slower.")
+    ] = None,
+    family: FamilyName = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "--force", help="Replace DST if it exists.")] = False,
+    json_: Json = False,
+) -> int:
+    """Quantises; the result appears only when it is complete and read again."""
+    from dataclasses import asdict
+
+    from glmkit.export.quantized import quantize as run
+
+    def show(done: int, of: int) -> None:
+        print(f"\r{done} of {of} layers", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    made = run(source, target, scheme, output_layer=None if output_layer == "keep" else output_layer,
+               calibration=calibration, family=family, overwrite=overwrite,
+               progress=show if sys.stderr.isatty() else None)  # fmt: skip
+    for note in made.notes:
+        print(note, file=sys.stderr)
+    if json_:
+        print(json.dumps({"schema": 1} | asdict(made), indent=2))
+        return 0
+    sizes = f"{in_units(made.bytes_before)} -> {in_units(made.bytes_after)}"
+    logits = "" if made.logits_error is None else f", logits of a test prompt by {made.logits_error:.1%}"
+    print(f"{target}: {sizes}, {made.layers} layers in {made.scheme}, {made.seconds:.0f} s")
+    print(f"weights differ by {made.weight_error:.1%} of their size{logits}")
+    print(f"next: glm chat {target}")
+    return 0
+
+
 @_recipes.command("list", cls=_Verb, help="List the recipes of the package, with what they need.")
 def recipe_list(
     long: Annotated[bool, typer.Option("--long", "-l", help="Hardware, memory and time of each too.")] = False,
@@ -847,4 +916,59 @@ def plan(
         print(planned if free is None else f"{planned}\n  {'free':<22}{free / 1e9:9.2f} GB")
     if not force:
         check_fits(planned, free, recipe, world=devices)
+    return 0
+
+
+@_verb("Measure speed and memory of models at their real shapes, with random weights.")
+def bench(
+    presets: Annotated[
+        list[str] | None, typer.Argument(help="chatglm3-6b and the like, measured by turns.", metavar="[MODEL]...")
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="A folder instead of random weights.")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", help="A slice of so many blocks; all by default.")] = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option("--scheme", help="bf16, float32, int8, int4, official-int8 or -int4; several with commas."),
+    ] = None,
+    output_layer: Annotated[str, typer.Option("--output-layer", help="keep, or int8.")] = "keep",
+    batch: Annotated[str, typer.Option("--batch", help="Rows of decoding.")] = "1",
+    context: Annotated[str, typer.Option("--context", help="Tokens in the cache while decoding; '' for none.")] = "512",
+    prompt: Annotated[str, typer.Option("--prompt", help="Tokens of prompts to read; '' for none.")] = "512",
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of one repetition of decoding.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", help="Repetitions that no other process disturbed.")] = 3,
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", help="The official way in bf16, official-int8 or -int4; or transformers' generate."),
+    ] = None,
+    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Add the records to a file.")] = None,
+) -> int:
+    """Measures; the table goes to standard output, what happens to standard error."""
+    from glmkit.bench.run import Request
+    from glmkit.bench.run import bench as run
+
+    def numbers(flag: str, text: str) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise UsageError(f"{flag} {text}: expected whole numbers with commas, such as 1,4,16") from None
+
+    if checkpoint is not None and presets:
+        raise UsageError("--checkpoint and a model name: expected one of them")
+    run(
+        Request(
+            presets=tuple(presets or ("chatglm3-6b",)),
+            checkpoint=None if checkpoint is None else Path(checkpoint),
+            layers=layers,
+            schemes=tuple(part.strip() for part in (scheme or "").split(",") if part.strip()),
+            output_layer=output_layer,
+            batch=numbers("--batch", batch),
+            context=numbers("--context", context),
+            prompt=numbers("--prompt", prompt),
+            tokens=tokens,
+            repeats=repeats,
+            baseline=baseline,
+            json=None if json_ is None else Path(json_),
+            command="glm " + " ".join(sys.argv[1:]),
+        )
+    )
     return 0

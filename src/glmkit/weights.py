@@ -24,6 +24,7 @@ from glmkit.placement import check_table, device_of, place_layers, plan_layers
 from glmkit.quant.bitsandbytes import BITS, quantized_linear
 from glmkit.quant.linear import QuantizedLinear
 from glmkit.quant.official import is_quantised_layer, quantize_model, quantize_rows
+from glmkit.quant.schemes import FORMS, Form, Scheme, layers_of, prepare_model, scheme_of
 
 Devices = Sequence[torch.device | str | int] | Mapping[str, torch.device | str | int] | str
 """Devices in the order of the blocks, a table of modules to devices, or "auto" for all accelerators."""
@@ -46,8 +47,8 @@ def load_model(
         config: Its config.
         dtype: Floating dtype of the result (quantised weights and their scales keep theirs).
         device: Where the tensors go; or several devices, or a table of modules to devices, for whole blocks on each.
-        quantize: 4 or 8 to quantise each block's linears as they are read, in the official format; or the name of one
-            of bitsandbytes, see `glmkit.quant.bitsandbytes`.
+        quantize: To quantise each block's linears as they are read: 4 or 8 for the official format, "int8" or "int4"
+            for ours, or the name of one of bitsandbytes, see `glmkit.quant.bitsandbytes`.
 
     Returns:
         The model, in eval mode.
@@ -56,40 +57,63 @@ def load_model(
         CheckpointError: Missing, unexpected or misshapen tensors, all of them.
         UsageError: The checkpoint is quantised to other bits, or the devices or their table do not fit the model.
     """
-    stored_bits = getattr(config, "quantization_bit", 0) or 0
-    if stored_bits and quantize not in (None, stored_bits):
-        wanted = quantize if isinstance(quantize, str) else f"{quantize} bits"
+    stored_as = getattr(config, "quantization_bit", 0) or getattr(scheme_of(config), "name", None)
+    if stored_as and quantize not in (None, stored_as):
+        found, wanted = (one if isinstance(one, str) else f"{one} bits" for one in (stored_as, quantize))
         raise UsageError(
-            f"the checkpoint is already quantised to {stored_bits} bits, so it cannot become {wanted}",
+            f"the checkpoint is already quantised to {found}, so it cannot become {wanted}",
             hint="leave out quantize, or load the unquantised checkpoint",
         )
-    with torch.device("meta"):
-        model = cls(config)
-        if stored_bits:
-            quantize_model(model, stored_bits)
+    model = empty_model(cls, config)
     check_model(folder, model)
-    bits = quantize if quantize != stored_bits else None
+    bits = quantize if quantize != stored_as else None
+    forms = layers_of(model, Scheme(bits)) if isinstance(bits, str) and bits in FORMS else {}
     places = {"": device} if isinstance(device, torch.device) else _table(model, device, dtype, bits)
     names = own_names(folder, model)
     for stored, tensor in folder.read(names):
         place = device_of(names[stored], places)
         assert place is not None
-        _place(model, names[stored], tensor, dtype, place, bits)
+        if not _quantise(model, names[stored], tensor, dtype, place, bits, forms):
+            _place(model, names[stored], tensor, dtype, place)
     for copy, table in _tied(model).items():
         owner, _, leaf = copy.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = model.get_parameter(table)
     if isinstance(bits, int):
         model.config.quantization_bit = bits
+    elif forms:
+        model.config.quantization_config = Scheme(str(bits), made_by={"how": "search"}).to_config()
     if len(set(places.values())) > 1:
         place_layers(model, places)
     hf.set_generation_config(model, folder.read_object("generation_config.json"))
     return model.eval()
 
 
+def empty_model(cls: type[Any], config: CheckedConfig) -> Any:
+    """The model that a config means, on the meta device, with the layers of the format that it is stored in.
+
+    Args:
+        cls: Which model class.
+        config: Its config.
+
+    Raises:
+        ConfigError: It says a format that is not known.
+        UsageError: The model has no such form.
+    """
+    scheme, bits = scheme_of(config), getattr(config, "quantization_bit", 0)
+    with torch.device("meta"):
+        model = cls(config)
+        if bits:
+            quantize_model(model, bits)
+        if scheme is not None:
+            prepare_model(model, scheme)
+    return model
+
+
 def _table(model: nn.Module, devices: Devices, dtype: torch.dtype, bits: int | str | None) -> dict[str, torch.device]:
     """Which module goes to which device; a table of the caller's is checked before anything is read."""
     if not isinstance(devices, Mapping):
-        return plan_layers(model, devices, dtype=dtype, quantize=BITS[bits] if isinstance(bits, str) else bits)
+        form = FORMS.get(str(bits)) or Form(BITS[bits] if isinstance(bits, str) else bits or 0, None)
+        return plan_layers(model, devices, dtype=dtype, quantize=form.bits or None, group_size=form.group_size)
     table = {name: torch.device(device) for name, device in devices.items()}
     check_table(model, table)
     return table
@@ -169,10 +193,7 @@ def check_model(folder: Folder, model: nn.Module, *, new: tuple[str, ...] = ()) 
             hint="glmkit.load(BASE, adapter=THIS_FOLDER)",
         )
     strange = [
-        f"tensor {stored} is {str(folder.tensors[stored].dtype).removeprefix('torch.')}, expected "
-        + ("a floating-point type" if state[own].is_floating_point() else "int8, as config.json says quantization_bit")
-        for stored, own in names.items()
-        if own in state and folder.tensors[stored].dtype.is_floating_point != state[own].is_floating_point()
+        problem for stored, own in names.items() for problem in _wrong_kind(folder, stored, model, state.get(own))
     ]
     try:
         check_tensors(
@@ -181,23 +202,59 @@ def check_model(folder: Folder, model: nn.Module, *, new: tuple[str, ...] = ()) 
     except CheckpointError as error:
         raise CheckpointError(error.folder, [*error.problems, *strange], hint=error.hint) from None
     if strange:
-        hint = "a quantised checkpoint needs its quantization_bit in config.json, another one must not have it"
+        hint = "config.json must say how the checkpoint is quantised, and only that of a quantised one may"
         raise CheckpointError(shown_path(folder.path), strange, hint=hint)
 
 
-def _place(
-    model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, bits: int | str | None
-) -> None:
+def _wrong_kind(folder: Folder, stored: str, model: nn.Module, own: torch.Tensor | None) -> list[str]:
+    """What is wrong with the kind of numbers of a stored tensor, in words; None or one."""
+    if own is None:
+        return []
+    found = folder.tensors[stored].dtype
+    ours = scheme_of(getattr(model, "config", None)) is not None
+    wanted = None
+    if not own.is_floating_point() and found != own.dtype:
+        said = "quantization_config" if ours else "quantization_bit"
+        wanted = f"{str(own.dtype).removeprefix('torch.')}, as config.json says {said}"
+    elif own.is_floating_point() and not found.is_floating_point:
+        wanted = "a floating-point type"
+    elif ours and stored.endswith(".weight_scale") and found != torch.float16:
+        wanted = "float16, as quantization_config says"
+    if wanted is None:
+        return []
+    return [f"tensor {stored} is {str(found).removeprefix('torch.')}, expected {wanted}"]
+
+
+def _quantise(
+    model: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    bits: int | str | None,
+    forms: Mapping[str, Form],
+) -> bool:
+    """Puts a tensor that is to be quantised into the model; returns False, and does nothing, if it is none."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if not bits or leaf != "weight" or not isinstance(module, nn.Linear) or not is_quantised_layer(owner):
+        return False
+    if isinstance(bits, int):
+        weight, scale = quantize_rows(tensor.to(device), bits)
+        layer: nn.Module = QuantizedLinear(weight, scale, module.bias, bits)
+    elif owner in forms:
+        weight, scale = forms[owner].quantize(tensor.to(device))
+        layer = QuantizedLinear(weight, scale, module.bias, forms[owner].bits)
+    else:
+        layer = quantized_linear(tensor.to(dtype), module.bias, bits, device)
+    model.set_submodule(owner, layer)
+    return True
+
+
+def _place(model: nn.Module, name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """Puts one tensor into the model, in its final form."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    if bits and leaf == "weight" and isinstance(module, nn.Linear) and is_quantised_layer(owner):
-        if isinstance(bits, str):
-            model.set_submodule(owner, quantized_linear(tensor.to(dtype), module.bias, bits, device))
-            return
-        weight, scale = quantize_rows(tensor.to(device), bits)
-        model.set_submodule(owner, QuantizedLinear(weight, scale, module.bias, bits))
-        return
     if leaf == "weight_scale":
         module.scale_dtype = tensor.dtype  # type: ignore[assignment]
     elif tensor.is_floating_point():

@@ -9,6 +9,7 @@ if other processes used less than 4 % of the processors meanwhile:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import statistics
@@ -199,10 +200,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         self.start = self.anonymous = memory_bytes("RssAnon")
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the kernel's own peak begins again
-        except OSError:
-            pass
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()

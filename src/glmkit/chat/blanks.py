@@ -149,6 +149,7 @@ class FillingStream(AnswerStream):
             max_new_tokens=min(self._choices.max_new_tokens or _LONGEST_TOKENS, left // (len(self._places) - number)),
             cancel=self._cancel,
             layout=layout,
+            lookup_tokens=self._choices.lookup_tokens,
         )
 
     def _layout(self, prompt: Sequence[int]) -> InputLayout:

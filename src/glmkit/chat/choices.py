@@ -24,23 +24,26 @@ _SYNONYMS = {
     "max_output_tokens": "max_new_tokens",
     "temp": "temperature",
     "repeat_penalty": "repetition_penalty",
+    "prompt_lookup_num_tokens": "lookup_tokens",
 }
-_KNOWN = {field.name for field in fields(SamplingOptions)} | {"max_new_tokens", "stop", "do_sample"}
+_KNOWN = {field.name for field in fields(SamplingOptions)} | {"max_new_tokens", "stop", "do_sample", "lookup_tokens"}
 
 
 @dataclass(frozen=True)
 class Choices:
-    """How to answer: the rules for a token, and when to stop.
+    """How to answer: the rules for a token, when to stop, and whether to guess ahead.
 
     Args:
         options: How tokens are chosen.
         max_new_tokens: Longest answer; None is what the context leaves.
         stop: Texts that end an answer and are not part of it.
+        lookup_tokens: Most tokens that are drafted from the text so far; 0 is off. It changes the speed only.
     """
 
     options: SamplingOptions
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    lookup_tokens: int = 0
 
 
 def choose(
@@ -81,13 +84,17 @@ def choose(
         max_new_tokens = getattr(config, "max_new_tokens", None)
     if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
         raise UsageError(f"max_new_tokens={max_new_tokens!r}: expected a whole number, 1 or more")
+    lookup_tokens = given.pop("lookup_tokens", 0)
+    if type(lookup_tokens) is not int or lookup_tokens < 0:
+        raise UsageError(f"lookup_tokens={lookup_tokens!r}: expected a whole number, 0 (off) or more")
     base = options or _own_sampling(config, official)
     do_sample = given.pop("do_sample", None)
     if do_sample is False:
         given["temperature"] = 0.0
     elif do_sample and not base.do_sample:
         given.setdefault("temperature", official.temperature)
-    return Choices(replace(base, **given), max_new_tokens, (stop,) if isinstance(stop, str) else tuple(stop))
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Choices(replace(base, **given), max_new_tokens, stop, lookup_tokens)
 
 
 def official_sampling(model: Any, tokenizer: Any) -> SamplingOptions:

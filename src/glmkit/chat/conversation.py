@@ -71,6 +71,8 @@ class ReplyStream(AnswerStream):
             max_new_tokens=choices.max_new_tokens or model.config.max_position_embeddings,
             cancel=cancel,
             cache=cache,
+            lookup_tokens=choices.lookup_tokens,
+            lookup_ids=prompt[: len(prompt) - len(new)],
         )
         super().__init__()
 
@@ -188,7 +190,8 @@ def stream_reply(
         cancel: Ends the answer before its next token.
         reuse: Keys and values of the conversation so far; not used with a repetition penalty or banned tokens, which
             look at the whole conversation.
-        **sampling: Single settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, do_sample, max_tokens.
+        **sampling: Single settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, do_sample, max_tokens,
+            and lookup_tokens, which changes the speed only (see `glmkit.engine.decode.stream`).
 
     Returns:
         The answer to iterate over. From a model that fills blanks it is the last message with its blanks filled; what

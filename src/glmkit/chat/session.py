@@ -154,7 +154,8 @@ class Session:
         choices = self._choices(self.settings)
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
         shown = {name: getattr(choices.options, name) for name in names}
-        return {**shown, "max_new_tokens": choices.max_new_tokens, "stop": list(choices.stop)}
+        others = {"stop": list(choices.stop), "lookup_tokens": choices.lookup_tokens}
+        return {**shown, "max_new_tokens": choices.max_new_tokens, **others}
 
     def _choices(self, settings: dict[str, Any]) -> Choices:
         model = self.loaded.model

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from glmkit.engine.cache import LanguageModel, new_cache
 from glmkit.engine.decode import CancelToken
+from glmkit.engine.forward import forward_for
 from glmkit.engine.layout import layout_for
 from glmkit.engine.sampling import SamplingOptions, draw, row_generators, shortlist
 from glmkit.errors import GenerationError, UsageError
@@ -365,16 +366,16 @@ def search(
     tokens = torch.tensor([list(prompt_ids)], dtype=torch.int64, device=model.device)
     layout = layout_for(model, tokens, tokens.new_zeros(1))
     cache = new_cache(model, 1, tokens.shape[1] + room)
+    forward = forward_for(model, cache)
     ids, inputs = tokens, layout.prompt(0, tokens.shape[1])
     try:
         for left in range(room - 1, -1, -1):
-            output = model(input_ids=ids, **inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            tokens, parents = strategy.step(output.logits[:, -1], tokens)
+            tokens, parents = strategy.step(forward(ids, inputs, 1)[:, -1], tokens)
             if strategy.is_done or not left or (cancel is not None and cancel.cancelled):
                 break
             places = parents.tolist()
             if places != list(range(cache.layers[0].batch_size)):
-                cache.select_rows(places)
+                cache.select_rows(places, shared_tokens=len(prompt_ids))
                 layout.select(places)
             ids, inputs = tokens[:, -1:], layout.step()
     finally:  # also when the model fails: the next search must not find this one's beams

@@ -84,6 +84,21 @@ class BufferLayer(hf.CacheLayerMixin):
         self.filled_tokens = end
         return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
+    def reserve(self, tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
+        """Makes room behind what is filled, for who writes keys and values there and then counts `filled_tokens` on.
+
+        Args:
+            tokens: How many come.
+            heads: `K`, like the next two for buffers that are not there yet, which are made on the CPU.
+            width: `D`.
+            dtype: Of keys and values.
+        """
+        if not self.is_initialized:
+            first = torch.empty(self.batch_size, heads, 0, width, dtype=dtype)
+            self.lazy_initialization(first, first)
+        if self.filled_tokens + tokens > self.capacity_tokens:
+            self._grow(self.filled_tokens + tokens)
+
     def _grow(self, needed_tokens: int) -> None:
         keys, values = self._filled()
         self.capacity_tokens = max(2 * self.capacity_tokens, needed_tokens)
@@ -116,14 +131,28 @@ class BufferLayer(hf.CacheLayerMixin):
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: expected 0 or a negative number")
         self.filled_tokens = max(0, self.filled_tokens + tokens_to_remove)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows `indices` in that order; the room behind the filled part stays."""
+    def batch_select_indices(self, indices: Tensor, shared_tokens: int = 0) -> None:
+        """Keeps the rows `indices` in that order; the room behind the filled part stays.
+
+        Args:
+            indices: Numbers of rows, (B,) int64.
+            shared_tokens: So many tokens at the beginning are the same in all rows; if there are as many rows as
+                before, they stay where they are.
+        """
+        self.batch_size = len(indices)
         if self.is_initialized:
             with torch.inference_mode(False):
                 indices = indices.to(self.keys.device).clone()
-                self.keys = self.keys.index_select(0, indices)
-                self.values = self.values.index_select(0, indices)
-        self.batch_size = len(indices)
+                self.keys = self._selected(self.keys, indices, shared_tokens)
+                self.values = self._selected(self.values, indices, shared_tokens)
+
+    def _selected(self, buffer: Tensor, indices: Tensor, shared_tokens: int) -> Tensor:
+        start, result = shared_tokens, buffer
+        if len(indices) != len(buffer):
+            start, result = 0, self._buffer(buffer)
+        own = buffer.narrow(2, start, self.filled_tokens - start).index_select(0, indices)
+        result.narrow(2, start, self.filled_tokens - start).copy_(own)
+        return result
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i becomes what row `beam_idx[i]` was."""
@@ -139,13 +168,16 @@ class BufferCache(hf.Cache):
 
     layers: list[BufferLayer]
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Keeps only some rows, for instance those that are not finished.
+    def select_rows(self, rows: Sequence[int], shared_tokens: int = 0) -> None:
+        """Keeps only some rows, for instance those that are not finished, or the beams that go on.
 
         Args:
             rows: Their numbers, in the order wanted.
+            shared_tokens: So many tokens at the beginning are the same in all rows, and need not be copied.
         """
-        self.batch_select_indices(torch.tensor(list(rows), dtype=torch.int64))
+        indices = torch.tensor(list(rows), dtype=torch.int64)
+        for layer in self.layers:
+            layer.batch_select_indices(indices, shared_tokens)
 
     def truncate(self, tokens: int) -> None:
         """Forgets everything behind the first `tokens` tokens, so that another continuation can follow them.

@@ -171,8 +171,10 @@ def _steps(
 
     def last(token: int, logprob: float, reason: str, tokens: int) -> Step:
         batch.forget_drafts()
-        drafts = (0, 0) if batch.lookup is None else (batch.lookup.drafted_tokens, batch.lookup.accepted_tokens)
-        return Step(token, logprob, reason, Usage(cached, prompt_tokens, tokens, prefill_seconds, decode_seconds, *drafts))
+        lookup = batch.lookup
+        drafts = (0, 0) if lookup is None else (lookup.drafted_tokens, lookup.accepted_tokens)
+        usage = Usage(cached, prompt_tokens, tokens, prefill_seconds, decode_seconds, *drafts)
+        return Step(token, logprob, reason, usage)
 
     for prompt_tokens in batch.prefill(chunk_tokens):  # noqa: B007 - read by last()
         if cancel.cancelled:
@@ -302,6 +304,7 @@ class _Batch:
         layout: Masks and positions; None: the model's own, or the causal one.
     """
 
+    @torch.inference_mode()  # all ids are tensors of one kind, so a compiled model is compiled for one kind only
     def __init__(
         self,
         model: LanguageModel,
@@ -317,10 +320,11 @@ class _Batch:
         self.history = [[int(token) for token in prompt] for prompt in prompts]
         self.step = 0
         self.logits = torch.empty(0)  # (B, keep, V) of the last positions
-        self.place = 0  # of the logits that the next token is drawn from
+        self.place = 0  # among these, of the next token; above 0 it counts the drafts that have come true
         self.drawn: Draw | None = None
         self.lookup: Lookup | None = None  # where drafts come from, for a single row
-        self.drafts: list[int] = []  # in the cache, behind the last token
+        self.drafts: list[int] = []  # that went through the model with the last token
+        self.columns = 0  # of the cache before they did
         self.forward = forward_for(model, cache)
         lengths = [len(prompt) for prompt in self.history]
         width = max(lengths)
@@ -337,27 +341,55 @@ class _Batch:
         for start in range(0, width, chunk_tokens):
             yield start
             end = min(start + chunk_tokens, width)
-            self.logits = self.forward(self.ids[:, start:end], self.layout.prompt(start, end), 1)
+            with torch.inference_mode():  # not around a yield: left open there, it would leak into the consumer's code
+                self.logits = self.forward(self.ids[:, start:end], self.layout.prompt(start, end), 1)
         yield width
 
+    @torch.inference_mode()
     def advance(self, room: int = 0) -> Draw:
         """Chooses the next token of every row, after running the model over the last ones.
 
         Args:
             room: Most tokens that may follow it; no more are drafted.
         """
-        if self.drawn is not None and not self.drafted_right:
-            self._read(self.drawn.ids[:, None], [] if self.lookup is None else self.lookup.propose(room + 1))
-        with torch.inference_mode():
-            self.drawn = sample(
-                self.logits[:, self.place], self.options, self.generators, self.history, step=self.step, rows=self.rows
-            )
+        if self.drawn is not None and not self.place:
+            self._read(self.drawn.ids[:, None], [] if self.lookup is None else self.lookup.propose(room))
+        self.drawn = sample(
+            self.logits[:, self.place], self.options, self.generators, self.history, step=self.step, rows=self.rows
+        )
         for history, token in zip(self.history, self.drawn.token_ids):
             history.append(token)
         self.step += 1
         if self.lookup is not None:
-            self._compare(self.drawn.token_ids[0])
+            self.lookup.push(self.drawn.token_ids[0])
+            self._compare(self.lookup, self.drawn.token_ids[0])
         return self.drawn
+
+    def _read(self, ids: Tensor, drafts: list[int]) -> None:
+        """Runs the model over the last tokens, (B, 1), and over drafts of what follows them."""
+        if drafts:
+            self.drafts, self.columns = drafts, self.cache.get_seq_length()
+            ids = torch.cat((ids, ids.new_tensor([drafts])), dim=1)
+        self.logits = self.forward(ids, self.layout.step(ids.shape[1]), ids.shape[1])
+
+    def _compare(self, lookup: Lookup, token: int) -> None:
+        """Goes on to the next logits if the token was drafted; else takes the drafts that are left out of the cache."""
+        drafts = self.drafts
+        if self.place < len(drafts) and drafts[self.place] == token:
+            self.place += 1
+        elif drafts:
+            if self.place < len(drafts):
+                _truncate(self.cache, self.columns + 1 + self.place)
+                self.layout.rewind(len(drafts) - self.place)
+            lookup.judge(len(drafts), self.place)
+            self.drafts, self.place = [], 0
+
+    def forget_drafts(self) -> None:
+        """Ends the answer: the cache keeps prompt and answer, but for the last token given out."""
+        if self.drafts and self.lookup is not None:
+            _truncate(self.cache, self.columns + self.place)
+            self.lookup.judge(len(self.drafts), self.place)
+            self.drafts, self.place = [], 0
 
     def select(self, places: Sequence[int]) -> None:
         """Keeps some rows of the batch, by their place in it."""
@@ -370,6 +402,11 @@ class _Batch:
         for name in ("rows", "generators", "history"):
             values = getattr(self, name)
             setattr(self, name, [values[place] for place in places])
+
+
+def _truncate(cache: hf.Cache, tokens: int) -> None:
+    assert isinstance(cache, BufferCache)
+    cache.truncate(tokens)
 
 
 def _check_limits(model: LanguageModel, options: SamplingOptions, **sizes: int) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from glmkit import hf
-from glmkit.engine.cache import BufferCache, LanguageModel
+from glmkit.engine.cache import LanguageModel
+from glmkit.engine.native import runner_for
 
 Forward = Callable[[Tensor, dict[str, Tensor], int], Tensor]
 """New tokens (B, T), what the layout says about them, and the number of last positions -> their logits (B, keep, V)."""
@@ -23,12 +22,11 @@ def forward_for(model: LanguageModel, cache: hf.Cache) -> Forward:
         cache: What it has read; every call appends to it.
 
     Returns:
-        A function for one generation: whether native code fits is looked up here, and not at every token.
+        A function for one generation, to be called in inference mode: whether native code fits is looked up here, and
+        not at every token.
     """
-    runner = _runner_for(model) if isinstance(cache, BufferCache) else None
+    runner = runner_for(model)
 
-    # Inference mode ends before any `yield`: left open there, it would leak into the consumer's code.
-    @torch.inference_mode()
     def by_model(ids: Tensor, layout: dict[str, Tensor], keep: int) -> Tensor:
         output = model(
             input_ids=ids,
@@ -41,24 +39,6 @@ def forward_for(model: LanguageModel, cache: hf.Cache) -> Forward:
         logits: Tensor = output.logits[:, -keep:]
         return logits
 
-    @torch.inference_mode()
-    def by_runner(ids: Tensor, layout: dict[str, Tensor], keep: int) -> Tensor:
-        assert runner is not None
-        logits: Tensor = runner(
-            ids,
-            attention_mask=layout.get("attention_mask"),
-            position_ids=layout.get("position_ids"),
-            cache=cache,
-            keep=keep,
-        )
-        return logits
-
-    return by_model if runner is None else by_runner
-
-
-def _runner_for(model: LanguageModel) -> Any:
-    try:
-        from glmkit.engine.native import runner_for
-    except ImportError:  # pragma: no cover
-        return None
-    return runner_for(model)
+    if runner is None:
+        return by_model
+    return lambda ids, layout, keep: runner(ids, **layout, cache=cache, keep=keep)

@@ -22,7 +22,7 @@ from torch import Tensor
 from glmkit.errors import GenerationError, UsageError
 
 _GREEDY_BELOW = 1e-5  # dividing by less than this says nothing that argmax does not say
-_TOP_P_FIRST_LOOK = 1024  # sorting 65,024 scores takes 6 ms on one core, looking at the best 1,024 takes 0.2 ms
+_TOP_P_LOOKS = (128, 1024)  # best scores that are looked at before all 65,024 are sorted, which takes 25 times as long
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ def sample(
         raise GenerationError(
             f"no token is left to choose from at step {step}: every one is banned", hint="ban fewer tokens"
         )
-    ids = draw(*shortlist(scores, options), generators) if options.do_sample else scores.argmax(-1)
-    logprobs = (logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
-    # NaN and +inf anywhere in a row reach its logsumexp, so this one look at B numbers sees them all.
+    ids = draw(*shortlist(scores, options), generators) if options.do_sample else _best(scores)
+    logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
+    # NaN and +inf anywhere in a row reach all its log-probabilities, so this one look at B numbers sees them all.
     for row, logprob in enumerate(logprobs):
         if not math.isfinite(logprob):
             raise _not_finite(logits[row], row if rows is None else rows[row], step)
@@ -180,17 +180,21 @@ def warp(scores: Tensor, options: SamplingOptions) -> Tensor:
 
 
 def shortlist(scores: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor | None]:
-    """Like `warp`, but after top-k only the tokens that are left are looked at again.
+    """Like `warp`, but after top-k or top-p only the tokens that are left are looked at again.
 
     Returns:
-        Scores (B, N) and their token ids (B, N), or (B, V) and None without top-k.
+        Scores (B, N) and their token ids (B, N), or (B, V) and None without top-k and top-p.
     """
     scores = scores / options.temperature
     ids = None
     if options.top_k:
         scores, ids = largest(scores, options.top_k)
-    if options.top_p < 1.0:
-        scores = keep_top_p(scores, options.top_p)
+        if options.top_p < 1.0:
+            scores = keep_top_p(scores, options.top_p)
+    elif options.top_p < 1.0:
+        values, found = _nucleus(scores, options.top_p)
+        ids, order = found.sort(dim=-1)  # a seed gives the same tokens as over the whole vocabulary
+        scores = values.gather(-1, order)
     if options.min_p > 0.0:
         scores = keep_min_p(scores, options.min_p)
     return scores, ids
@@ -283,18 +287,23 @@ def keep_top_p(scores: Tensor, top_p: float) -> Tensor:
 
     Source: Holtzman et al. 2020 (arXiv:1904.09751).
     """
-    total = scores.logsumexp(-1, keepdim=True)
-    count = min(_TOP_P_FIRST_LOOK, scores.shape[-1])
-    values, ids = scores.topk(count)
-    probabilities = (values - total).exp()
-    # The margin is far above the rounding of a float32 sum, so a first look that is enough is surely enough.
-    if count < scores.shape[-1] and bool((probabilities.sum(-1) < top_p + 1e-3).any()):
-        values, ids = scores.sort(descending=True)
-        probabilities = (values - total).exp()
+    values, ids = _nucleus(scores, top_p)
+    return torch.full_like(scores, -math.inf).scatter(-1, ids, values)
+
+
+def _nucleus(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Scores (B, N) from large to small, -inf where they are outside, and their token ids (B, N)."""
+    whole = scores.softmax(-1)
+    for count in (*_TOP_P_LOOKS, scores.shape[-1]):
+        values, ids = scores.topk(count) if count < scores.shape[-1] else scores.sort(descending=True)
+        probabilities = whole.gather(-1, ids)
+        # The margin is far above the rounding of a float32 sum, so a look that is enough is surely enough.
+        if count >= scores.shape[-1] or bool((probabilities.sum(-1) >= top_p + 1e-3).all()):
+            break
     more_likely = probabilities.cumsum(-1) - probabilities  # what all better tokens already have
     outside = more_likely >= top_p
     outside[:, 0] = False
-    return torch.full_like(scores, -math.inf).scatter(-1, ids, values.masked_fill(outside, -math.inf))
+    return values.masked_fill(outside, -math.inf), ids
 
 
 def keep_min_p(scores: Tensor, min_p: float) -> Tensor:
@@ -329,6 +338,11 @@ def draw(scores: Tensor, ids: Tensor | None, generators: Sequence[random.Random]
     points = torch.minimum(numbers.to(total) * total, torch.nextafter(total, torch.zeros_like(total)))
     columns = torch.searchsorted(cumulative, points, right=True).clamp_(max=scores.shape[-1] - 1)
     return (columns if ids is None else ids.gather(-1, columns))[:, 0]
+
+
+def _best(scores: Tensor) -> Tensor:
+    """The first of the largest scores of each row, (B,) int64; on a CPU numpy finds it 10 times as fast as torch."""
+    return torch.from_numpy(scores.numpy(force=True).argmax(-1)) if scores.is_cpu else scores.argmax(-1)
 
 
 def row_seed(seed: int, row: int) -> int:

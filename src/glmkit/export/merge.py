@@ -33,13 +33,12 @@ from glmkit.location import locate
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.quant.linear import dequantize
-from glmkit.quant.official import quantize_model
 from glmkit.registration import LANGUAGE_MODELS, register
-from glmkit.weights import check_model, own_names
+from glmkit.weights import check_model, empty_model, own_names
 from glmkit.writing import save_tensors, write_folder, write_text_atomic
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_CARRIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "MODEL_LICENSE", "MODEL_LICENSE.txt", "NOTICE")
+CARRIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "MODEL_LICENSE", "MODEL_LICENSE.txt", "NOTICE")
 _CODE = ("modeling_chatglm.py", "configuration_chatglm.py", "tokenization_chatglm.py", "quantization.py",
          "modeling_glm.py", "configuration_glm.py", "tokenization_glm.py")  # fmt: skip
 _EXACT_BYTES = 4 * 10**9  # up to here the probe computes in float32, so that only the rounding of the merge is seen
@@ -115,13 +114,13 @@ def merge(
         if not folder.has("config.json"):
             raise UsageError(f"{shown_path(location)} holds shards", hint="first: glm convert SRC FOLDER --to folder")
         config = read_config(folder, row, overrule=family is not None)
-        learnt, names = _read_both(folder, opened.enter_context(open_adapter(source, adapter_config)), config)
-        plan = _Plan(folder, learnt, names, config.quantization_bit or 0, _DTYPES.get(dtype), dequantize)
+        learnt, names, bits = _read_both(folder, opened.enter_context(open_adapter(source, adapter_config)), config)
+        plan = _Plan(folder, learnt, names, bits, _DTYPES.get(dtype), dequantize)
         tokenizer = read_tokenizer(folder, config)
         with write_folder(dst, overwrite) as new:
             save_tensors(new, plan.tensors, fetch=plan.fetch)
             _write_config(new, folder, config, plan)
-            for name in _CARRIED:
+            for name in CARRIED:
                 data = folder.read_bytes(name)
                 if data is not None:
                     (new / name).write_bytes(data)
@@ -137,12 +136,11 @@ def merge(
     return Merged(str(dst), kind, len(plan.layers), dtypes, difference, notes)
 
 
-def _read_both(folder: Folder, extra: Folder, config: CheckedConfig) -> tuple[Lora | Prefix, dict[str, str]]:
-    """The adapter, and the model's name of every stored tensor of the base; both are whole then."""
-    with torch.device("meta"):
-        model = LANGUAGE_MODELS[type(config)](config)
-        if config.quantization_bit:
-            quantize_model(model, config.quantization_bit)
+def _read_both(
+    folder: Folder, extra: Folder, config: CheckedConfig
+) -> tuple[Lora | Prefix, dict[str, str], dict[str, int]]:
+    """The adapter, the model's name of every stored tensor of the base, and the bits of quantised ones; all whole."""
+    model = empty_model(LANGUAGE_MODELS[type(config)], config)
     check_model(folder, model)
     learnt = read_adapter(extra, model, folder)
     tied = dict(getattr(model, "_tied_weights_keys", None) or {})
@@ -153,7 +151,13 @@ def _read_both(folder: Folder, extra: Folder, config: CheckedConfig) -> tuple[Lo
             [f"it changes {name}, whose weights are the embedding's, too" for name in shared],
             hint="use it beside its base: glmkit.load(BASE, adapter=THIS_FOLDER)",
         )
-    return learnt, own_names(folder, model)
+    names = own_names(folder, model)
+    modules = {
+        stored: model.get_submodule(own.removesuffix(".weight"))
+        for stored, own in names.items()
+        if own[-7:] == ".weight"
+    }
+    return learnt, names, {stored: one.bits for stored, one in modules.items() if hasattr(one, "bits")}
 
 
 # --- tensors ---
@@ -174,7 +178,7 @@ class _Plan:
         folder: The base.
         learnt: The adapter.
         names: Stored name -> name in the model.
-        bits: Of a quantised base, else 0.
+        bits: Stored names of quantised weights -> their bits.
         dtype: Of all tensors; None: each its own.
         dequantize: Whether a quantised base becomes a plain one.
     """
@@ -184,16 +188,17 @@ class _Plan:
         folder: Folder,
         learnt: Lora | Prefix,
         names: Mapping[str, str],
-        bits: int,
+        bits: Mapping[str, int],
         dtype: torch.dtype | None,
         dequantize: bool,
     ) -> None:
-        self.folder, self.learnt, self.bits = folder, learnt, bits
+        self.folder, self.learnt, self.bits_of = folder, learnt, bits
+        self.bits = min(bits.values(), default=0)
         self.dequantizes = bool(bits and dequantize)
         if bits and not dequantize and (isinstance(learnt, Lora) or dtype is not None):
             raise UsageError(
-                f"{shown_path(folder.path)} is quantised to {bits} bits, and changed weights would have to be quantised"
-                " again, which loses more",
+                f"{shown_path(folder.path)} is quantised to {self.bits} bits, and changed weights would have to be"
+                " quantised again, which loses more",
                 hint="merge into the unquantised base, or write this one in 16 bit: --dequantize (dequantize=True)",
             )
         layers = learnt.layers if isinstance(learnt, Lora) else {}
@@ -212,7 +217,9 @@ class _Plan:
     def _shaped(self, name: str, info: TensorInfo, dtype: torch.dtype | None) -> _Shaped:
         scale = self.folder.tensors.get(f"{name}_scale") if self.dequantizes else None
         if scale is not None:
-            return _Shaped((info.shape[0], info.shape[1] * 8 // self.bits), dtype or scale.dtype)
+            return _Shaped(
+                (info.shape[0], info.shape[1] * 8 // self.bits_of.get(name, self.bits)), dtype or scale.dtype
+            )
         return _Shaped(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
 
     def fetch(self, name: str) -> Tensor:
@@ -225,7 +232,8 @@ class _Plan:
             return self._read(self.learnt.folder, self.prefix[name])
         dtype, tensor = self.tensors[name].dtype, self._read(self.folder, name)
         if self.dequantizes and f"{name}_scale" in self.folder.tensors:
-            tensor = dequantize(tensor, self._read(self.folder, f"{name}_scale"), self.bits)
+            scales = self._read(self.folder, f"{name}_scale")
+            tensor = dequantize(tensor, scales, self.bits_of.get(name, self.bits))
         if name in self.layers and isinstance(self.learnt, Lora):
             a, b, scale = self.learnt.matrices(self.layers[name].removesuffix(".weight"))
             tensor = tensor.float().addmm_(b, a, alpha=scale)
@@ -248,12 +256,8 @@ class _Plan:
 
 
 def _write_config(new: Path, folder: Folder, config: CheckedConfig, plan: _Plan) -> None:
-    """The base's own config.json, with what changed, and what only its python files or its tokenizer said."""
-    values = {name: value for name, value in folder.config.items() if name != "auto_map"}
-    values.setdefault("architectures", [config.first_architecture])
-    if isinstance(config, ChatGLM2Config):
-        said = {"generation": config.generation, "rope_ratio_applies_to": config.rope_ratio_applies_to}
-        values |= {name: value for name, value in said.items() if value is not None}
+    """The base's own config.json, with what changed."""
+    values = completed_config(folder, config)
     if plan.dequantizes:
         values = {name: value for name, value in values.items() if not name.startswith("quantization_")}
     if isinstance(plan.learnt, Prefix):
@@ -263,6 +267,21 @@ def _write_config(new: Path, folder: Folder, config: CheckedConfig, plan: _Plan)
     values["torch_dtype"] = str(max(set(kinds), key=kinds.count)).removeprefix("torch.")
     values.pop("dtype", None)
     write_text_atomic(new / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def completed_config(folder: Folder, config: CheckedConfig) -> dict[str, Any]:
+    """The content of a folder's config.json, with what only its python files or its tokenizer said, and without them.
+
+    Args:
+        folder: The folder.
+        config: Its config, as read.
+    """
+    values = {name: value for name, value in folder.config.items() if name != "auto_map"}
+    values.setdefault("architectures", [config.first_architecture])
+    if isinstance(config, ChatGLM2Config):
+        said = {"generation": config.generation, "rope_ratio_applies_to": config.rope_ratio_applies_to}
+        values |= {name: value for name, value in said.items() if value is not None}
+    return values
 
 
 def _notes(folder: Folder, plan: _Plan, tokenizer: Any) -> list[str]:
@@ -326,6 +345,7 @@ def probe(base: str, adapter: str, merged: str, dtype: str, adapter_config: dict
         adapter_config: See `glmkit.load`.
         family: See `glmkit.load`.
     """
-    expected = probe_logits(load(base, adapter, dtype, adapter_config=adapter_config, family=family).model)
-    found = probe_logits(load(merged, dtype=dtype).model)
+    asked: dict[str, Any] = {"adapter_config": adapter_config, "family": family, "kernels": "torch"}
+    expected = probe_logits(load(base, adapter, dtype, **asked).model)
+    found = probe_logits(load(merged, dtype=dtype, kernels="torch").model)
     print(float((found - expected).norm() / (expected - expected.mean()).norm()))

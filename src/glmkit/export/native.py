@@ -41,6 +41,7 @@ from glmkit.models.architectures import is_native_layout
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import is_positive, unreadable
+from glmkit.quant.schemes import scheme_of
 from glmkit.tokenizers import ChatGLM4Tokenizer, ChatGLMTokenizer, has_tokenizer, load_tokenizer
 from glmkit.weights import check_model, own_names
 from glmkit.writing import save_tensors, write_folder, write_text_atomic
@@ -124,6 +125,8 @@ def to_native(
             for name in ("add_bias_linear", "quantization_bit", "pre_seq_len")
             if getattr(config, name)
         ]
+        if scheme_of(config) is not None:
+            refused.append("quantization_config")
         if refused:
             raise ConfigError(f"{folder.path} has {', '.join(refused)}, which transformers' `glm` does not have")
         check_model(folder, model := _meta_model(config))

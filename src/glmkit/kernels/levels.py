@@ -24,6 +24,7 @@ from glmkit.errors import UsageError
 
 VARIABLE = "GLMKIT_KERNELS"
 TORCH = "torch"
+_CPUINFO = Path("/proc/cpuinfo")
 _AVX2 = {"avx2": "-mavx2", "fma": "-mfma", "f16c": "-mf16c"}
 _AVX512 = {**_AVX2, **{f"avx512{part}": f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")}} | {
     "avx512_vnni": "-mavx512vnni"
@@ -41,7 +42,7 @@ def cpu_features() -> frozenset[str]:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        lines = _CPUINFO.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return frozenset()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])

@@ -25,6 +25,10 @@ _INERT = set(
 )
 
 _MAX_LABELS = 100_000
+_CURES = {
+    "quantization_config": "load the checkpoint that is not quantised, with quantize='int8' or 'int4' if it shall be;"
+    " glm quantize writes that as a folder"
+}
 
 
 class CheckedConfig(hf.PreTrainedConfig):
@@ -99,7 +103,8 @@ class CheckedConfig(hf.PreTrainedConfig):
     def refuse(cls, problems: list[str]) -> None:
         """Raises a ConfigError that lists the problems, if there are any."""
         if problems:
-            cures = [cure for field, cure in cls.cures.items() if any(field in problem for problem in problems)]
+            known = {**_CURES, **cls.cures}
+            cures = [cure for field, cure in known.items() if any(field in problem for problem in problems)]
             raise ConfigError(
                 "this config cannot be loaded:\n" + "\n".join(f"  - {problem}" for problem in problems),
                 hint=cures[0] if cures else "compare config.json with the one of the official repository",
@@ -167,10 +172,12 @@ def _orders(values: dict[str, Any]) -> list[str]:
     problems = []
     if back_end not in (None, "sdpa", "eager"):
         problems.append(f"unsupported: attn_implementation={back_end!r} (expected 'sdpa' or 'eager')")
-    if values.pop("quantization_config", None) is not None:
-        problems.append(
-            "unsupported: quantization_config (give it to from_pretrained, or load an official int4 folder)"
-        )
+    format_ = values.pop("quantization_config", None)
+    if isinstance(format_, dict) and format_.get("quant_method") == "glmkit":
+        values["quantization_config"] = format_  # `glmkit.quant.schemes` reads it
+    elif format_ is not None:
+        method = format_.get("quant_method") if isinstance(format_, dict) else format_
+        problems.append(f"unsupported: quantization_config of the format {method!r:.80}")
     return problems
 
 
@@ -201,7 +208,7 @@ def unreadable(values: Mapping[str, Any]) -> list[str]:
 
 def _unknown_fields(cls: type[CheckedConfig], values: dict[str, Any]) -> list[str]:
     known = set(cls.__dataclass_fields__) | set(cls.attribute_map) | _INERT
-    known |= set(hf.GenerationConfig().to_dict())
+    known |= {"quantization_config", *hf.GenerationConfig().to_dict()}
     return [
         f"unknown field {name:.80}={value!r:.80}: nobody knows whether it changes the result"
         for name, value in values.items()

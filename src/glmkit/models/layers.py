@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_FEW_TOKENS = 32  # more are work enough to hide that torch's operator reads keys and values once for each head
 
 class RMSNorm(nn.Module):
     """Scales each vector to unit root mean square, then by a learned weight: `w * x / sqrt(mean(x^2) + eps)`.
@@ -110,10 +111,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
         (B, T, H, D). A row that may see nothing is zero.
     """
     B, H, T, D = q.shape
-    K = k.shape[1]
-    if T == 1:  # a group's heads become rows of one product, so keys and values are read once, not G times
-        out = F.scaled_dot_product_attention(q.view(B, K, H // K, D), k, v, attn_mask=mask, dropout_p=dropout)
-        return out.reshape(B, 1, H, D)
+    K, G = k.shape[1], H // k.shape[1]
+    if T == 1 or (G > 1 and T <= _FEW_TOKENS and mask is not None):
+        # A group's heads become rows of one product, so keys and values are read once, not G times.
+        rows, seen = q.reshape(B, K, G * T, D), mask if mask is None or T == 1 else mask.repeat(1, 1, G, 1)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, dropout_p=dropout)
+        return out.reshape(B, H, T, D).transpose(1, 2)
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=K != H
     )

@@ -13,6 +13,7 @@ Source: quantization.py of ChatGLM-6B, ChatGLM2-6B and GLM-130B for bytes and ro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from glmkit.errors import UsageError
 
 if TYPE_CHECKING:
     from glmkit.kernels.linear import Arena
@@ -74,6 +77,7 @@ class QuantizedLinear(nn.Module):
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
+    bias: nn.Parameter | None
     packed = False
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int) -> None:
@@ -82,7 +86,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape[0], weight.shape[1] * (8 // bits)
         self.group_size = None if weight_scale.ndim == 1 else self.in_features // weight_scale.shape[1]
         self.scale_dtype = weight_scale.dtype
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._hold(weight, weight_scale, packed=False)
         self.register_state_dict_post_hook(_save_as_loaded)
 
@@ -132,14 +136,16 @@ class QuantizedLinear(nn.Module):
             arena: Where the blocks go, with room for `glmkit.kernels.linear.packed_bytes` of this layer.
 
         Returns:
-            Whether the layer is packed now: not one whose sizes the kernels do not take, nor one on another device.
+            Whether the layer is packed now: not one whose sizes or scales the kernels do not take, nor one elsewhere
+            than on the CPU.
         """
         from glmkit.kernels import linear as native
 
         fits = native.fits(self.out_features, self.in_features, self.bits, self.group_size)
         if not self.packed and fits and self.weight.device.type == "cpu":
-            weight, scale = self.stored()
-            self._hold(*native.pack(weight, scale, self.bits, arena), packed=True)
+            blocks = native.pack(*self.stored(), self.bits, arena)
+            if blocks is not None:
+                self._hold(*blocks, packed=True)
         return self.packed
 
     def unpack(self) -> None:
@@ -166,11 +172,12 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: they are not in the arena, so they are not packed."""
         state = dict(self.__dict__)
+        state.pop("_native", None)  # what the kernels keep with a packed layer
         if self.packed:
             weight, scale = (nn.Parameter(tensor, requires_grad=False) for tensor in self.stored())
             state |= {"packed": False, "_parameters": self._parameters | {"weight": weight, "weight_scale": scale}}
@@ -198,3 +205,43 @@ class _FrozenProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
+
+
+def pack_model(model: Any, kernels: str = "auto") -> int:
+    """Packs a model's quantised layers for the native kernels, one after the other, so that nothing is there twice.
+
+    Args:
+        model: The model; it notes `kernels` as `glm_kernels`, for what computes with it.
+        kernels: "auto": if it computes in bfloat16 or float16; "native": always; "torch": never.
+
+    Returns:
+        Number of layers that are packed now.
+
+    Raises:
+        UsageError: kernels="native", and there is no native code.
+    """
+    model.glm_kernels = kernels
+    if kernels == "torch":
+        return 0
+    held = Counter(id(one) for module in model.modules() for one in module._parameters.values())
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear) and module.weight.device.type == "cpu" and held[id(module.weight)] == 1
+    ]
+    if kernels == "auto" and (not layers or model.dtype not in (torch.bfloat16, torch.float16)):
+        return 0
+    from glmkit.kernels import build
+    from glmkit.kernels import linear as native
+
+    status = build.status()
+    if status.path is None:
+        if kernels == "native":
+            raise UsageError(f"kernels='native': there is no native code here: {status.why}", hint=status.hint)
+        return 0
+    sizes = [(layer.out_features, layer.in_features, layer.bits, layer.group_size) for layer in layers]
+    layers = [layer for layer, size in zip(layers, sizes) if native.fits(*size)]
+    if layers:
+        arena = native.Arena(sum(native.packed_bytes(*size) for size in sizes if native.fits(*size)))
+        return sum(layer.pack(arena) for layer in layers)
+    return 0

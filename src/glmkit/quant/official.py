@@ -65,7 +65,8 @@ class OfficialQuantizedEmbedding(nn.Module):
         bits: 8 or 4.
     """
 
-    weight_scale: Tensor
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bits: int) -> None:
         super().__init__()
@@ -135,6 +136,8 @@ def quantize_model(model: nn.Module, bits: int, *, embeddings: bool | None = Non
     present = getattr(model.config, "quantization_bit", 0) or 0
     if present not in (0, bits):
         raise UsageError(f"the model is already quantised to {present} bits", hint="load the unquantised checkpoint")
+    if isinstance(getattr(model.config, "quantization_config", None), dict):
+        raise UsageError("the model is already quantised in a format of its own", hint="leave out quantize()")
     if embeddings is None:
         embeddings = bool(getattr(model.config, "quantization_embeddings", False))
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and is_quantised_layer(name)}

@@ -88,7 +88,8 @@ class ModelBlock(Block):
     family: str | None = None
     """What the folder is, if it does not say it itself, for instance chatglm2-6b-32k."""
     quantize: str | None = None
-    """Frozen weights in fewer bits: official-int8, official-int4, bnb-int8 or bnb-nf4; or quantization_bit: 8 or 4."""
+    """Frozen weights in fewer bits: int8 or int4 (searched scales), official-int8, official-int4, bnb-int8 or bnb-nf4;
+    or quantization_bit: 8 or 4."""
     adapter: str | None = None
     """Folder of a LoRA or P-Tuning adapter: to measure with its base, or to go on from with the same method."""
 

@@ -28,6 +28,7 @@ from glmkit.models.architectures import config_class
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm_config import GLMConfig
 from glmkit.quant.official import quantize_model
+from glmkit.quant.schemes import FORMS, Scheme, prepare_model, scheme_of
 from glmkit.registration import LANGUAGE_MODELS
 from glmkit.train.arguments import ModelBlock, Recipe
 from glmkit.train.methods import make_method
@@ -47,13 +48,15 @@ class Subject:
         name: What to call it.
         config: Its sizes.
         dtype: Of its weights, before a method makes those that learn float32.
-        bits: 8 or 4 if its matrices are quantised, else 0.
+        bits: 8 or 4 if its matrices are quantised as officially or nearly so, else 0.
+        scheme: Our own format of its matrices.
     """
 
     name: str
     config: CheckedConfig
     dtype: torch.dtype
     bits: int = 0
+    scheme: Scheme | None = None
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,13 @@ def subject_of(block: ModelBlock) -> Subject:
         UsageError: No such model, or no such dtype.
     """
     bits = _BITS.get(block.quantize or "", 0)
-    if block.quantize and not bits:
-        raise UsageError(f"model.quantize={block.quantize!r}: known are {', '.join(_BITS)}")
+    own = Scheme(block.quantize) if block.quantize in FORMS else None
+    if block.quantize and not bits and own is None:
+        raise UsageError(f"model.quantize={block.quantize!r}: known are {', '.join([*FORMS, *_BITS])}")
     if block.init is not None:
         kind = config_class(block.init)
         values = {name: value for name, value in block.init.items() if name != "model_type"}
-        return Subject("a new model", kind(**values), torch.float32, bits)
+        return Subject("a new model", kind(**values), torch.float32, bits, own)
     assert block.path is not None
     family = choose_family(block.path, block.family)
     device = place_of(block)
@@ -115,7 +119,7 @@ def subject_of(block: ModelBlock) -> Subject:
     else:
         with open_model(location) as folder:
             config, dtype = read_config(folder, family), choose_dtype(block.dtype, folder, device)
-    return Subject(block.path, config, dtype, getattr(config, "quantization_bit", 0) or bits)
+    return Subject(block.path, config, dtype, getattr(config, "quantization_bit", 0) or bits, scheme_of(config) or own)
 
 
 def place_of(block: ModelBlock) -> torch.device:
@@ -233,6 +237,8 @@ def _network(subject: Subject) -> Any:
         model = LANGUAGE_MODELS[type(subject.config)](subject.config).to(subject.dtype)
         if subject.bits:
             quantize_model(model, subject.bits)
+        if subject.scheme is not None:
+            prepare_model(model, subject.scheme)
     return model
 
 

@@ -48,6 +48,7 @@ def compare_result(model: nn.Module, block: ModelBlock, result: Path) -> str:
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(next(model.parameters()).device) if (block.quantize or "").startswith("bnb") else "cpu",
         "quantize": block.quantize if adapter else None,
+        "kernels": "torch",  # as it was trained
         "family": block.family,
     }
     was_training = model.training

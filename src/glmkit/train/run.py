@@ -145,7 +145,14 @@ def load_model(block: ModelBlock, *, seed: int) -> tuple[Any, Any]:
     """
     if block.init is None:
         assert block.path is not None
-        loaded = load(block.path, dtype=block.dtype, device=block.device, quantize=block.quantize, family=block.family)
+        loaded = load(
+            block.path,
+            dtype=block.dtype,
+            device=block.device,
+            quantize=block.quantize,
+            kernels="torch",
+            family=block.family,
+        )
         return loaded.model, loaded.tokenizer
     config, tokenizer = _new(block)
     torch.manual_seed(seed)

@@ -12,7 +12,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
+#include "amx.h"
 #include "lanes.h"
 
 namespace glm::limits {
@@ -39,25 +41,52 @@ inline uint64_t sum_lines(const char* data, size_t bytes) {
     return total;
 }
 
-// The result only keeps the compiler from leaving it all out. The four numbers of each chain lie in memory that "may have
-// changed", or the products would be computed once; reading them costs nothing beside the products.
-inline int32_t dots(int64_t rounds) {
-    Ints sums[kChains];
-    for (auto& sum : sums) sum = spread(0);
-    int8_t numbers[kChains][4] = {};
-    uint8_t weight_bytes[4 * kLanes] = {};
-    const Bytes weights = load_bytes(weight_bytes);
-    for (int64_t round = 0; round < rounds; ++round) {
-        asm volatile("" : "+m"(numbers));
-#pragma GCC unroll 12
-        for (int chain = 0; chain < kChains; ++chain) add_dot4(sums[chain], weights, numbers[chain]);
-    }
-    int32_t total = 0;
-    for (auto& sum : sums) {
-        for (int part = 0; part < kParts; ++part) total += sum.part[part][0];
-    }
+inline int32_t sum_of_lanes(const Ints& a) {
+    int32_t numbers[kLanes], total = 0;
+    store(numbers, a);
+    for (int32_t number : numbers) total += number;
     return total;
 }
+
+// The result only keeps the compiler from leaving it all out. The four numbers of each chain lie in memory that "may have
+// changed", or the products would be computed once; reading them costs nothing beside the products.
+template <size_t... chain>
+inline int32_t dots(int64_t rounds, std::index_sequence<chain...>) {
+    Ints sums[] = {spread(static_cast<int32_t>(chain))...};
+    int8_t numbers[sizeof...(chain)][4] = {};
+    const uint8_t bytes[4 * kLanes] = {};
+    const Bytes weights = load_bytes(bytes);
+    for (int64_t round = 0; round < rounds; ++round) {
+        asm volatile("" : "+m"(numbers));
+        (add_dot4(sums[chain], weights, numbers[chain]), ...);
+    }
+    return (sum_of_lanes(sums[chain]) + ...);
+}
+
+constexpr int64_t kRoundProducts = kChains * kProductsOfChain;
+
+#if defined(__AMX_INT8__) && !defined(GLM_EMULATE_TILES)
+
+// Four tiles of results from two tiles of each side: what comes next never waits for what went before.
+constexpr int64_t kTileRoundProducts = 4ll * kSide * kSide * kTileColumns;
+
+inline void tile_dots(int64_t rounds) {
+    amx::configure(kTileConfiguration);
+    amx::zero<0>(), amx::zero<1>(), amx::zero<2>(), amx::zero<3>();
+    amx::zero<4>(), amx::zero<5>(), amx::zero<6>(), amx::zero<7>();
+    for (int64_t round = 0; round < rounds; ++round) {
+        amx::dot<true, 0, 4, 6>(), amx::dot<true, 1, 4, 7>(), amx::dot<true, 2, 5, 6>(), amx::dot<true, 3, 5, 7>();
+    }
+    amx::release();
+}
+
+#else
+
+constexpr int64_t kTileRoundProducts = 0;
+
+inline void tile_dots(int64_t) {}
+
+#endif
 
 }  // namespace glm::limits
 
@@ -74,14 +103,23 @@ uint64_t glm_read_bandwidth(const void* data, size_t bytes, int threads) {
     return total;
 }
 
-// Computes products of int8 in all threads. Returns how many multiplications and additions that were.
+// Computes products of int8 in all threads, on tiles where there are some. Returns how many multiplications and additions
+// that were.
 int64_t glm_int8_peak(int64_t rounds, int threads) {
+    using namespace glm::limits;
+    const bool tiles = kTileRoundProducts != 0 && glm::takes_tiles(glm::kTileVectors);
     int32_t kept = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : kept) schedule(static, 1)
-    for (int thread = 0; thread < threads; ++thread) kept += glm::limits::dots(rounds);
+    for (int thread = 0; thread < threads; ++thread) {
+        if (tiles) {
+            tile_dots(rounds);
+        } else {
+            kept += dots(rounds, std::make_index_sequence<kChains>());
+        }
+    }
     volatile int32_t sink = kept;
     (void)sink;
-    return 2ll * glm::limits::kChains * glm::limits::kProductsOfChain * rounds * threads;
+    return 2 * (tiles ? kTileRoundProducts : kRoundProducts) * rounds * threads;
 }
 
 }  // extern "C"

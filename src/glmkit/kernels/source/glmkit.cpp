@@ -1,57 +1,23 @@
 // What Python calls, as plain C functions. Nothing here allocates what it does not free, throws, or keeps state.
 
-#include <cstdlib>
-#include <memory>
-
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
 
+#include "amx.h"
 #include "bandwidth.h"
+#include "decoder.h"
 #include "linear.h"
+#include "numbers.h"
 
 using namespace glm;
-
-namespace {
-
-struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-Memory allocate(size_t bytes) { return Memory(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))); }
-
-enum Dtype { kAsFloat32 = 0, kAsBFloat16 = 1, kAsFloat16 = 2 };
-
-void widen(const void* x, size_t at, int count, int dtype, float* to) {
-    int i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        if (dtype == kAsFloat32) store(to + i, load(static_cast<const float*>(x) + at + i));
-        if (dtype == kAsBFloat16) store(to + i, load_bfloat16(static_cast<const uint16_t*>(x) + at + i));
-        if (dtype == kAsFloat16) store(to + i, load_float16(static_cast<const uint16_t*>(x) + at + i));
-    }
-    for (; i < count; ++i) {
-        if (dtype == kAsFloat32) to[i] = static_cast<const float*>(x)[at + i];
-        if (dtype == kAsBFloat16) to[i] = from_bfloat16(static_cast<const uint16_t*>(x)[at + i]);
-        if (dtype == kAsFloat16) to[i] = from_float16(static_cast<const uint16_t*>(x)[at + i]);
-    }
-}
-
-void narrow(const float* x, int count, int dtype, void* to, size_t at) {
-    for (int i = 0; i < count; ++i) {
-        if (dtype == kAsFloat32) static_cast<float*>(to)[at + i] = x[i];
-        if (dtype == kAsBFloat16) static_cast<uint16_t*>(to)[at + i] = to_bfloat16(x[i]);
-        if (dtype == kAsFloat16) static_cast<uint16_t*>(to)[at + i] = to_float16(x[i]);
-    }
-}
-
-constexpr int kShare = 4;  // block rows that a thread takes at once
-
-}  // namespace
 
 extern "C" {
 
 int glm_abi() { return 1; }
+
+// 0: built without tiles, 1: many vectors are multiplied on them, 2: the system refuses them, so vectors do all.
+int glm_tiles() { return !kHasTiles ? 0 : takes_tiles(kTileVectors) ? 1 : 2; }
 
 // Official rows, int8 (n, k) or int4 (n, k/2), to blocks of the same size; n is a multiple of 16, k of 32.
 void glm_pack(int kind, int n, int k, const void* rows, void* blocks, int threads) {
@@ -80,12 +46,12 @@ int glm_linear(const Weight* weight, const void* x, void* y, int m, int dtype, i
     if (!memory) return 1;
     float* plain = copies ? reinterpret_cast<float*>(memory.get()) : nullptr;
     Activations a = make_activations(copies ? plain : static_cast<const float*>(x), m, w.k, memory.get());
-    const int blocks = row_blocks(w), shares = (blocks + kShare - 1) / kShare;
-    constexpr int kColumns = kShare * kBlockRows;
+    const int blocks = row_blocks(w), share_blocks = blocks_at_once(a, blocks, threads), shares = (blocks + share_blocks - 1) / share_blocks;
+    const int columns = share_blocks * kBlockRows;
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        Memory own = allocate((dtype == kAsFloat32 ? 0 : static_cast<size_t>(m) * kColumns * 4) + static_cast<size_t>(w.k) * 4 + 64);
+        Memory own = allocate((dtype == kAsFloat32 ? 0 : static_cast<size_t>(m) * columns * 4) + static_cast<size_t>(w.k) * 4 + 64);
         failed = !own;
         float* row = reinterpret_cast<float*>(own.get());
         float* stripe = row + (w.k + 15) / 16 * 16;
@@ -100,14 +66,14 @@ int glm_linear(const Weight* weight, const void* x, void* y, int m, int dtype, i
 #pragma omp for schedule(dynamic)
         for (int share = 0; share < shares; ++share) {
             if (failed) continue;
-            const int first = share * kShare, last = std::min(first + kShare, blocks);
+            const int first = share * share_blocks, last = std::min(first + share_blocks, blocks);
             if (dtype == kAsFloat32) {
                 product(w, a, static_cast<float*>(y), w.n, first, last);
                 continue;
             }
             const int start = first * kBlockRows, width = std::min(last * kBlockRows, w.n) - start;
-            product(w, a, stripe - start, kColumns, first, last);
-            for (int i = 0; i < m; ++i) narrow(stripe + i * kColumns, width, dtype, y, static_cast<size_t>(i) * w.n + start);
+            product(w, a, stripe - start, columns, first, last);
+            for (int i = 0; i < m; ++i) narrow(stripe + static_cast<size_t>(i) * columns, width, dtype, y, static_cast<size_t>(i) * w.n + start);
         }
     }
     return failed;

@@ -60,12 +60,17 @@ inline Floats spread(float x) { GLM_EACH(Floats, x - NativeFloats{}); }
 inline Ints spread(int32_t x) { GLM_EACH(Ints, x - NativeInts{}); }
 
 inline Floats load(const float* x) { GLM_EACH(Floats, reinterpret_cast<const NativeFloats*>(x)[p]); }
+inline Ints load_ints(const int32_t* x) { GLM_EACH(Ints, reinterpret_cast<const NativeInts*>(x)[p]); }
 inline Bytes load_bytes(const void* x) { GLM_EACH(Bytes, static_cast<const NativeUnsigned*>(x)[p]); }
 inline void store(float* to, const Floats& x) { std::memcpy(to, &x, sizeof x); }
 inline void store(int32_t* to, const Ints& x) { std::memcpy(to, &x, sizeof x); }
 
 inline Floats larger(const Floats& a, const Floats& b) { GLM_EACH(Floats, a.part[p] > b.part[p] ? a.part[p] : b.part[p]); }
 inline Floats smaller(const Floats& a, const Floats& b) { GLM_EACH(Floats, a.part[p] < b.part[p] ? a.part[p] : b.part[p]); }
+// `yes` in the lanes where a < b, `no` in the others.
+inline Floats where_less(const Floats& a, const Floats& b, const Floats& yes, const Floats& no) {
+    GLM_EACH(Floats, a.part[p] < b.part[p] ? yes.part[p] : no.part[p]);
+}
 inline Floats absolute(const Floats& a) { return larger(a, spread(0.0f) - a); }
 inline Floats to_floats(const Ints& a) { GLM_EACH(Floats, __builtin_convertvector(a.part[p], NativeFloats)); }
 inline Ints bits_of(const Floats& a) { GLM_EACH(Ints, reinterpret_cast<const NativeInts&>(a.part[p])); }

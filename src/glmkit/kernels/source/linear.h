@@ -48,46 +48,91 @@ struct Activations {
     int8_t* q;
     float* scale;
     int32_t* offset;        // -8 times the sum of the group's q: what weights stored plus 8 give too much
+    bool tiles;             // q, scale and offset are laid out for the CPU's tiles (amx.h)
 };
+
+// Many vectors go to the CPU's tiles where it has them. A build for such a CPU has amx.h, which defines these.
+#if defined(__AMX_INT8__) || defined(GLM_EMULATE_TILES)
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+constexpr int kTileVectors = 32;  // from so many on; amx.h says why
+bool tiles_available();
+void round_tile_range(const Activations& a, int row, int range, const float* x);
+void tile_product(const Weight& w, const Activations& a, float* y, size_t ldy, int first_block, int last_block);
+
+inline bool takes_tiles(int m) {
+    if constexpr (kHasTiles) return m >= kTileVectors && tiles_available();
+    return false;
+}
 
 inline size_t quads(int m) { return static_cast<size_t>((m + kQuad - 1) / kQuad); }
 
-// Bytes that the rounded vectors need, at an address that 64 divides.
+inline size_t tile_rows(int m) { return static_cast<size_t>((m + 15) / 16); }  // tiles that m vectors fill, 16 in each
+
+// How many scales the rounded vectors have, and how many bytes they need, at an address that 64 divides.
+inline size_t scales(int m, int k) {
+    return takes_tiles(m) ? tile_rows(m) * 16 * ((k + 255) / 256) : quads(m) * kQuad * (static_cast<size_t>(k) / kGroup);
+}
+
 inline size_t activation_bytes(int m, int k) {
-    return quads(m) * kQuad * (static_cast<size_t>(k) + static_cast<size_t>(k) / kGroup * 8) + 64;
+    const size_t numbers = takes_tiles(m) ? tile_rows(m) * 16 * ((k + 63) / 64 * 64) : quads(m) * kQuad * k;
+    return numbers + scales(m, k) * 8 + 64;
 }
 
 // Lays an `Activations` over memory of `activation_bytes(m, k)`.
 inline Activations make_activations(const float* x, int m, int k, void* memory) {
-    const size_t groups = quads(m) * kQuad * (static_cast<size_t>(k) / kGroup);
+    const size_t groups = scales(m, k);
     char* at = static_cast<char*>(memory);
     float* scale = reinterpret_cast<float*>(at);
     int32_t* offset = reinterpret_cast<int32_t*>(at + groups * 4);
-    return {m, k, x, reinterpret_cast<int8_t*>(at + groups * 8), scale, offset};
+    return {m, k, x, reinterpret_cast<int8_t*>(at + groups * 8), scale, offset, takes_tiles(m)};
 }
 
-// Rounds one vector, number `row` of `a`. A number that is not finite makes its group's scale NaN, and so the result.
-inline void round_row(const Activations& a, int row, const float* x) {
+// Rounds group `g` of vector number `row` of `a`, 32 numbers. One that is not finite makes the group's scale NaN, and so
+// the result.
+inline void round_group(const Activations& a, int row, size_t g, const float* x) {
     const size_t quad = row / kQuad, place = row % kQuad, groups = a.k / kGroup;
-    for (size_t g = 0; g < groups; ++g) {
-        const Floats first = load(x + g * kGroup), second = load(x + g * kGroup + kLanes);
-        const float size = largest(larger(absolute(first), absolute(second)));
-        const float bad = sum((first + second) * spread(0.0f));  // 0, or NaN
-        const bool tiny = !(size > 1e-30f);
-        const Floats inverse = spread(tiny ? 0.0f : 127.0f / size);
-        int32_t values[kGroup];
-        store(values, nearest(first * inverse));
-        store(values + kLanes, nearest(second * inverse));
-        int8_t* to = a.q + ((quad * a.k + g * kGroup) * kQuad + place * 4);
-        int32_t total = 0;
-        for (int i = 0; i < kGroup; ++i) {
-            to[i / 4 * 4 * kQuad + i % 4] = static_cast<int8_t>(values[i]);
-            total += static_cast<int8_t>(values[i]);
-        }
-        const size_t at = (quad * groups + g) * kQuad + place;
-        a.scale[at] = (tiny ? 0.0f : size / 127.0f) + bad;
-        a.offset[at] = -kOffset4 * total;
+    const Floats first = load(x), second = load(x + kLanes);
+    const float size = largest(larger(absolute(first), absolute(second)));
+    const float bad = sum((first + second) * spread(0.0f));  // 0, or NaN
+    const bool tiny = !(size > 1e-30f);
+    const Floats inverse = spread(tiny ? 0.0f : 127.0f / size);
+    int32_t values[kGroup];
+    store(values, nearest(first * inverse));
+    store(values + kLanes, nearest(second * inverse));
+    int8_t* to = a.q + ((quad * a.k + g * kGroup) * kQuad + place * 4);
+    int32_t total = 0;
+    for (int i = 0; i < kGroup; ++i) {
+        to[i / 4 * 4 * kQuad + i % 4] = static_cast<int8_t>(values[i]);
+        total += static_cast<int8_t>(values[i]);
     }
+    const size_t at = (quad * groups + g) * kQuad + place;
+    a.scale[at] = (tiny ? 0.0f : size / 127.0f) + bad;
+    a.offset[at] = -kOffset4 * total;
+}
+
+// Columns that are rounded together, and must be when a vector is rounded part by part.
+inline int rounding_columns(int m) { return takes_tiles(m) ? 256 : kGroup; }
+
+// Rounds columns `first` up to `first + count` of vector number `row` of `a`: whole groups, or what is left of the last.
+inline void round_columns(const Activations& a, int row, int first, int count, const float* x) {
+    const int size = rounding_columns(a.m);
+    for (int c = 0; c < count; c += size) {
+        if constexpr (kHasTiles) {
+            if (a.tiles) {
+                round_tile_range(a, row, (first + c) / size, x + c);
+                continue;
+            }
+        }
+        round_group(a, row, (first + c) / size, x + c);
+    }
+}
+
+// Rounds vector number `row` of `a`.
+inline void round_row(const Activations& a, int row, const float* x) {
+    round_columns(a, row, 0, a.k, x);
 }
 
 // One group of 32 columns of 16 rows, times kRows vectors. `q`, `offset` point to the group in the first quad.
@@ -257,8 +302,16 @@ void float_product(const Weight& w, const Activations& a, float* y, size_t ldy, 
     }
 }
 
+// How many block rows a thread takes at once. Tiles want many: their vectors come from far for each share.
+inline int blocks_at_once(const Activations& a, int blocks, int threads) {
+    return a.tiles ? std::min(16, (blocks + threads - 1) / threads) : 4;
+}
+
 // Columns 16 * first_block up to 16 * last_block of y, on the calling thread; callers share the blocks between threads.
 inline void product(const Weight& w, const Activations& a, float* y, size_t ldy, int first_block, int last_block) {
+    if constexpr (kHasTiles) {
+        if (a.tiles && is_quantised(w)) return tile_product(w, a, y, ldy, first_block, last_block);
+    }
     switch (w.kind) {
         case kFloat32: return float_product<kFloat32>(w, a, y, ldy, first_block, last_block);
         case kBFloat16: return float_product<kBFloat16>(w, a, y, ldy, first_block, last_block);

@@ -1,0 +1,323 @@
+"""A checkpoint as a folder in one of our own formats, written while it is read: `glm quantize`.
+
+    source --read one tensor--> search its scales --> shard of DST --> read again, compared --> DST gets its name
+
+More than a shard is never in memory, so that a model can be quantised where it does not fit. With a calibration text
+the whole model is loaded instead, because each layer then has to see what the quantised ones before it compute (GPTQ).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glmkit.checkpoint import Folder, shown_path
+from glmkit.engine.probe import probe_logits
+from glmkit.errors import CheckpointError, OutputError, UsageError
+from glmkit.export.merge import CARRIED, completed_config
+from glmkit.loading import choose_family, load, open_model, read_config, read_tokenizer
+from glmkit.location import locate
+from glmkit.models.checked_config import CheckedConfig
+from glmkit.quant.gptq import quantize_model_gptq
+from glmkit.quant.linear import QuantizedLinear, dequantize
+from glmkit.quant.schemes import FORMS, Form, Scheme, layers_of, scheme_of
+from glmkit.registration import LANGUAGE_MODELS, register
+from glmkit.weights import check_model, empty_model, own_names
+from glmkit.writing import save_tensors, write_folder, write_text_atomic
+
+_SHARD_BYTES = 1 << 30  # what waits in memory for its turn
+_COMPARED_BYTES = 2 * 10**9  # up to here source and result are loaded whole, and their logits compared
+_PIECES, _PIECE_CHARACTERS = 192, 512  # of a calibration text: some ten thousand tokens
+_ROWS = 1024  # compared at a time
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What was done.
+
+    Args:
+        path: The new folder.
+        scheme: "int8" or "int4".
+        output_layer: "int8" if the output layer is quantised too.
+        layers: Number of quantised layers.
+        bytes_before: Of the source's tensors.
+        bytes_after: Of the new folder's.
+        seconds: How long it took.
+        weight_error: Distance of the quantised weights from the source's, relative to their norm.
+        logits_error: The same of the logits of a fixed prompt, in float32; None for a large model.
+        notes: What the user should know, in sentences.
+    """
+
+    path: str
+    scheme: str
+    output_layer: str | None
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    weight_error: float
+    logits_error: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def quantize(
+    source: str | Path,
+    target: str | Path,
+    scheme: str,
+    *,
+    output_layer: str | None = None,
+    calibration: str | Path | None = None,
+    family: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Quantized:
+    """Writes a checkpoint in one of our formats; see `glmkit.quant.schemes`.
+
+    Args:
+        source: Folder, model name or hub id; the original model-parallel folders too.
+        target: The folder to make; it appears only when it is complete and compared.
+        scheme: "int8" or "int4".
+        output_layer: "int8" to quantise the output layer too; None keeps it.
+        calibration: A UTF-8 text like what the model will read. With it int4 weights are chosen so that the layers'
+            products stay (GPTQ), which takes a loaded model and minutes; None: the scales are searched.
+        family: What the source is, if its folder does not say it.
+        overwrite: Whether an existing folder may be replaced.
+        progress: Called with the number of quantised layers and that of all.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UsageError: No such scheme, a source that is quantised already, or a layer that has no such form.
+        CheckpointError: The source is damaged.
+        OutputError: The folder cannot be written, or is not what was written.
+    """
+    if scheme not in FORMS:
+        raise UsageError(f"scheme={scheme!r}", hint=f"{' or '.join(FORMS)}")
+    if output_layer not in (None, "int8"):
+        raise UsageError(f"output_layer={output_layer!r}", hint="None or 'int8'")
+    if calibration is not None and scheme != "int4":
+        raise UsageError(f"calibration is for int4: {scheme} loses nothing that it could win back", hint="leave it out")
+    text = None if calibration is None else _read_text(calibration)
+    began = time.monotonic()
+    register()
+    location = locate(source)
+    with open_model(location) as folder:
+        config = read_config(folder, choose_family(source, family), overrule=family is not None)
+        _refuse_quantised(folder, config)
+        model = empty_model(LANGUAGE_MODELS[type(config)], config)
+        check_model(folder, model)
+        made_by = {"how": "search"} if text is None else {"how": "gptq", "characters": sum(map(len, text))}
+        chosen = Scheme(scheme, output_layer, made_by)
+        plan = _Plan(folder, own_names(folder, model), layers_of(model, chosen), progress)
+        tokenizer = read_tokenizer(folder, config)
+        _check_space(Path(target), plan.nbytes)
+        with write_folder(target, overwrite) as new:
+            if text is not None:
+                plan.calibrate(location, text, family)
+            save_tensors(new, plan.tensors, fetch=plan.fetch, max_shard_bytes=_SHARD_BYTES)
+            _write_config(new, folder, config, chosen)
+            for name in CARRIED:
+                data = folder.read_bytes(name)
+                if data is not None:
+                    (new / name).write_bytes(data)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+            _check_written(new, plan)
+            error = _logits_error(location, new, family) if folder.nbytes <= _COMPARED_BYTES else None
+    notes = [] if tokenizer is not None else ["the source has no tokenizer, so the new folder has none"]
+    return Quantized(
+        path=str(target),
+        scheme=scheme,
+        output_layer=output_layer,
+        layers=len(plan.forms),
+        bytes_before=folder.nbytes,
+        bytes_after=plan.nbytes,
+        seconds=round(time.monotonic() - began, 1),
+        weight_error=plan.weight_error,
+        logits_error=error,
+        notes=notes,
+    )
+
+
+def _read_text(path: str | Path) -> list[str]:
+    """Pieces of a calibration text, taken from all of it."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the calibration text {path} cannot be read: {error}", hint="a UTF-8 text file") from error
+    pieces = [text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS)]
+    pieces = [piece for piece in pieces if piece.strip()]
+    if not pieces:
+        raise UsageError(f"the calibration text {path} is empty", hint="some 100,000 characters do")
+    step = max(1, len(pieces) // _PIECES)
+    return pieces[::step][:_PIECES]
+
+
+def _refuse_quantised(folder: Folder, config: CheckedConfig) -> None:
+    scheme = scheme_of(config)
+    bits = getattr(config, "quantization_bit", 0) or getattr(folder, "bits", 0)
+    if scheme is not None or bits:
+        found = scheme.name if scheme is not None else f"the official int{bits} format"
+        raise UsageError(
+            f"{shown_path(folder.path)} is already quantised, to {found}; quantised again it would lose more",
+            hint="quantise the checkpoint that it was made from",
+        )
+
+
+def _check_space(target: Path, needed: int) -> None:
+    """Says before the work that the disk is too full for it."""
+    place = next(parent for parent in target.expanduser().absolute().parents if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed + (64 << 20):
+        raise OutputError(
+            f"{shown_path(place)} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB will be written",
+            hint="free space, or choose another disk",
+        )
+
+
+# --- tensors ---
+
+
+@dataclass(frozen=True)
+class _Shaped:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Plan:
+    """Which tensors the new folder has, and how each is made when its turn comes.
+
+    Args:
+        folder: The source.
+        names: Stored name -> name in the model; the new folder has the model's.
+        forms: Name of a layer -> its form.
+        progress: See `quantize`.
+    """
+
+    def __init__(
+        self, folder: Folder, names: Mapping[str, str], forms: Mapping[str, Form], progress: Progress | None
+    ) -> None:
+        self.folder, self.forms, self.progress = folder, forms, progress
+        self.stored = {own: stored for stored, own in names.items()}
+        self.tensors: dict[str, _Shaped] = {}
+        self.sums: dict[str, int] = {}  # what was handed out, to be found again in the files
+        self._waiting: dict[str, Tensor] = {}  # made with another tensor, and not asked for yet
+        self._layers: dict[str, QuantizedLinear] = {}  # made beforehand, by calibration
+        self._error, self._norm, self._done = 0.0, 0.0, 0
+        for own, stored in self.stored.items():
+            info = folder.tensors[stored]
+            form = self._form(own)
+            if form is None:
+                self.tensors[own] = _Shaped(info.shape, info.dtype)
+            else:
+                weight, scale = form.shapes(info.shape)
+                self.tensors[own] = _Shaped(weight, torch.int8)
+                self.tensors[f"{own}_scale"] = _Shaped(scale, torch.float16)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors of the new folder."""
+        return sum(math.prod(one.shape) * one.dtype.itemsize for one in self.tensors.values())
+
+    @property
+    def weight_error(self) -> float:
+        """Distance of what was made from the source, relative to its norm."""
+        return math.sqrt(self._error / self._norm) if self._norm else 0.0
+
+    def calibrate(self, location: Path, pieces: list[str], family: str | None) -> None:
+        """Makes the blocks' layers beforehand, by what the model computes for some text."""
+        loaded = load(location, kernels="torch", family=family)
+        if loaded.tokenizer is None:
+            raise UsageError(f"{location} has no tokenizer, so no text can be read", hint="leave out the calibration")
+        batches = [torch.tensor([loaded.tokenizer(piece)["input_ids"]]) for piece in pieces]
+        device = loaded.device
+        model = quantize_model_gptq(
+            loaded.model, [ids.to(device) for ids in batches if ids.numel()], progress=self.progress
+        )
+        self.progress = None
+        self._layers = {
+            name: module.cpu() for name, module in model.named_modules() if isinstance(module, QuantizedLinear)
+        }
+
+    def fetch(self, name: str) -> Tensor:
+        """Makes a tensor of the new folder."""
+        tensor = self._waiting.pop(name, None)
+        if tensor is None:
+            weight = name.removesuffix("_scale") if name not in self.stored else name
+            form = self._form(weight)
+            [(_, read)] = self.folder.read([self.stored[weight]])
+            tensor = read if form is None else self._quantise(weight, read, form, name)
+        self.sums[name] = _sum(tensor)
+        return tensor
+
+    def _quantise(self, name: str, weight: Tensor, form: Form, asked: str) -> Tensor:
+        """Makes weight and scale; the one that was asked for is returned, the other waits."""
+        layer = self._layers.pop(name.removesuffix(".weight"), None)
+        try:
+            made = layer.stored() if layer is not None else form.quantize(weight)
+        except UsageError as error:
+            raise CheckpointError(
+                shown_path(self.folder.path), [f"{name}: {error.message}"], hint=error.hint
+            ) from error
+        for start in range(0, len(weight), _ROWS):
+            exact = weight[start : start + _ROWS].float()
+            found = dequantize(made[0][start : start + _ROWS], made[1][start : start + _ROWS], form.bits)
+            self._error += float((found.float() - exact).square().sum())
+            self._norm += float(exact.square().sum())
+        self._done += 1
+        if self.progress is not None:
+            self.progress(self._done, len(self.forms))
+        both = {name: made[0], f"{name}_scale": made[1]}
+        tensor = both.pop(asked)
+        self._waiting |= both
+        return tensor
+
+    def _form(self, name: str) -> Form | None:
+        owner, _, leaf = name.rpartition(".")
+        return self.forms.get(owner) if leaf == "weight" else None
+
+
+def _sum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+# --- config and checks ---
+
+
+def _write_config(new: Path, folder: Folder, config: CheckedConfig, scheme: Scheme) -> None:
+    # The original shards have no config.json: theirs is what was found out, from the tokenizer too.
+    known = completed_config(folder, config) if folder.has("config.json") else config.to_diff_dict()
+    values = {key: value for key, value in known.items() if not key.startswith("quantization_")}
+    values["quantization_config"] = scheme.to_config()
+    write_text_atomic(new / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _check_written(new: Path, plan: _Plan) -> None:
+    """Opens the new folder as loading does, and reads every tensor again."""
+    with open_model(new) as written:
+        config = read_config(written)
+        check_model(written, empty_model(LANGUAGE_MODELS[type(config)], config))
+        for name, tensor in written.read():
+            if _sum(tensor) != plan.sums[name]:
+                raise OutputError(
+                    f"{name} was not written as it was made", hint="look at the disk; then quantise again"
+                )
+
+
+def _logits_error(source: Path, new: Path, family: str | None) -> float:
+    """How far the logits of the new folder are from the source's, relative to their size."""
+    expected = probe_logits(load(source, dtype="float32", family=family).model)
+    found = probe_logits(load(new, dtype="float32").model)
+    return float((found - expected).norm() / (expected - expected.mean()).norm())
