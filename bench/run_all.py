@@ -2,10 +2,10 @@
 
     python bench/run_all.py --out FOLDER [--llama-bench PATH] [--work FOLDER] [--only official,peers] [--quick]
 
-Each part is a process of its own with its records in OUT/PART.jsonl and its output in OUT/PART.log; a part that fails is
-named, and the others go on. At the end OUT/summary.md has the table. About 30 minutes on two cores; --quick, on slices,
-some minutes, and its figures say nothing. --work keeps llama.cpp's files (10 GB) and a checkpoint of random weights
-(12.5 GB). With --only the parts that were run before count in the summary too.
+Each part is a process of its own with its records in OUT/PART.jsonl and its output in OUT/PART.log; a part that fails
+is named, and the others go on. At the end OUT/summary.md has the table. About 30 minutes on two cores; --quick, on
+slices, some minutes, and its figures say nothing. --work keeps llama.cpp's files (10 GB) and a checkpoint of random
+weights (12.5 GB). With --only the parts that were run before count in the summary too.
 
     official     int4 and the official way in bf16: decode, prefill 512
     peers        int4 and int8 against llama.cpp Q4_0 and Q8_0 (needs --llama-bench)
@@ -73,14 +73,15 @@ def parts(arguments: argparse.Namespace) -> dict[str, list[list[str]]]:
         "stock": [
             _stock("--layers", "1" if quick else "28", "--variants", "dynamic-int8,glmkit-int4", "--rows", "1,16",
                    "--prompt", prompt, "--context", context, "--tokens", "2" if quick else "8", "--repeats", rounds),
-            _stock(*slice4, "--prompt", prompt, "--context", context, "--tokens", "2" if quick else "8", "--repeats", rounds),
+            _stock(*slice4, "--prompt", prompt, "--context", context, "--tokens", "2" if quick else "8",
+                   "--repeats", rounds),
         ],
         "context": [
             [*int4, *head8, *steps, "--context", "64,128" if quick else "512,4096,8192", "--prompt", ""],
         ],
         "dialogue": [
-            [*int4, "--context", "128" if quick else "8176", "--prompt", "128" if quick else "8176", "--tokens", "8",
-             "--repeats", "1"],
+            [*int4, *head8, "--context", "128" if quick else "8176", "--prompt", "128" if quick else "8176",
+             "--tokens", "8", "--repeats", "1"],
         ],
         "loading": [
             *([] if Path(checkpoint).exists() else [[*make, "--layers", "1"] if quick else make]),
@@ -94,9 +95,14 @@ def parts(arguments: argparse.Namespace) -> dict[str, list[list[str]]]:
         ],
         "generations": [
             [*GLM, "bench", "chatglm-6b", MODEL, *slice4, "--scheme", "bf16", "--baseline", "bf16", "--tokens",
-             "2" if quick else "8", "--repeats", rounds, "--context", "64" if quick else "512,2000", "--prompt", prompt],
+             "2" if quick else "8", "--repeats", rounds, "--context", "64" if quick else "512,2000",
+             "--prompt", prompt],
         ],
-        "perplexity": [[sys.executable, str(HERE / "quantisation.py")]],
+        "perplexity": [
+            [sys.executable, str(HERE / "quantisation.py"), "--seeds", "1" if quick else "3",
+             *(["--records", "4", "--tokens", "1024"] if quick else []),
+             "--json", str(arguments.out / "perplexity.json")],
+        ],
     }  # fmt: skip
     if arguments.llama_bench:
         found["peers"] = [
@@ -117,7 +123,7 @@ def run(name: str, commands: list[list[str]], arguments: argparse.Namespace) -> 
     started = time.monotonic()
     with (arguments.out / f"{name}.log").open("w", encoding="utf-8") as log:
         for command in commands:
-            if "checkpoint_of_random" not in command[1] and "quantisation" not in command[1]:
+            if "checkpoint_of_random" not in command[1] and "--json" not in command:
                 command = [*command, "--json", str(records)]
             print(f"{name}: {' '.join(command)}", file=sys.stderr, flush=True)
             log.write(f"$ {' '.join(command)}\n")
@@ -148,10 +154,14 @@ def _finished(command: list[str], log: Any, timeout: float) -> bool:
 
 def read(out: Path) -> Records:
     """Part -> its records."""
-    return {
+    found = {
         path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for path in sorted(out.glob("*.jsonl"))
     }
+    perplexity = out / "perplexity.json"
+    if perplexity.exists():
+        found["perplexity"] = [{"what": "perplexity"} | json.loads(perplexity.read_text(encoding="utf-8"))]
+    return found
 
 
 def table(records: Records) -> str:
@@ -205,7 +215,8 @@ def _official(what: str) -> Callable[[Records], str]:
         row = next(one for one in records["official"] if one["what"] == what and one["ratio"] is not None)
         share = row["read_share"] or row["matrix_share"]
         of = "read" if row["read_share"] else "peak"
-        return f"{row['ratio_mark']}{row['ratio']:.2f} x ({row['tokens_per_second']:.2f} tok/s, {100 * share:.0f} % of {of})"
+        speed = f"{row['tokens_per_second']:.2f} tok/s, {100 * share:.0f} % of {of}"
+        return f"{row['ratio_mark']}{row['ratio']:.2f} x ({speed})"
 
     return look
 
@@ -266,6 +277,17 @@ def _generations(records: Records) -> str:
     return "; ".join(found)
 
 
+def _perplexity(records: Records) -> str:
+    found = records["perplexity"][0]["perplexity"]["all"]
+
+    def shown(name: str) -> str:
+        value, low, high = (100 * number for number in found[name]["increase"])
+        return f"{value:+.2f} % [{low:.2f}, {high:.2f}]"
+
+    nearest, search, gptq = ("int4 nearest, max/7", "int4 search (default)", "int4 GPTQ and search")
+    return f"{shown(search)}; GPTQ {shown(gptq)}; nearest {shown(nearest)}"
+
+
 Look = Callable[[Records], str]
 ROWS: list[tuple[str, str, Look, str, str]] = [
     ("int4 decode, batch 1, context 512", "llama.cpp Q4_0", _peer("q4_0", "decode"), ">= 1.0 x", "85 % of read"),
@@ -278,6 +300,7 @@ ROWS: list[tuple[str, str, Look, str, str]] = [
     ("memory, int4, 8K context, one dialogue", "6 GB", _dialogue, "<= 5 GB", "4.3 GB"),
     ("memory while loading and quantising 12.5 GB to int4", "-", _loading, "<= 6 GB", "4.5 GB"),
     ("decode of glm-nano", "transformers' generate", _host, ">= 3 x", "8 x"),
+    ("perplexity increase, int4 of glm-nano", "rounding to nearest", _perplexity, "below it", "half of it"),
     ("ChatGLM2-6B decodes faster than ChatGLM-6B", "+42 % claimed", _generations, "", ""),
 ]
 

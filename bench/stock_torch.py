@@ -141,9 +141,10 @@ class Plain:
 def _replace(model: nn.Module, name: str, kind: type[nn.Module]) -> None:
     """Gives every quantised layer its stock operator, and says how exact the first one is."""
     told = False
-    for path, layer in list(model.named_modules()):
-        if not isinstance(layer, QuantizedLinear):
-            continue
+    paths = [path for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)]
+    for path in paths:  # a layer's memory goes before the next is made
+        layer = model.get_submodule(path)
+        assert isinstance(layer, QuantizedLinear)
         stock = (Int8WeightOnly if layer.bits == 8 and kind is Int4WeightOnly else kind)(layer)
         if not told:
             x = torch.randn(4, layer.in_features).to(torch.bfloat16)
@@ -259,8 +260,11 @@ def _torchao(model: nn.Module, kind: str) -> nn.Module:
 
 def _compile(model: Any) -> None:
     """Compiles what surrounds attention, part by part, so that a growing cache compiles nothing anew."""
+    import torch._dynamo.config as tracing
     import torch._inductor.config as settings
 
+    tracing.automatic_dynamic_shapes = False  # layers of several sizes share their code, and each wants its own kernel
+    tracing.recompile_limit = 256
     settings.freezing = True
     settings.max_autotune = True
     settings.max_autotune_gemm_backends = "CPP,ATEN"

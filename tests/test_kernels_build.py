@@ -22,7 +22,7 @@ from glmkit.kernels.cache import read_record
 
 AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
-AMX = AVX512 | {"avx512_bf16", "amx_tile", "amx_int8"}
+AMX = AVX512 | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
 TRY_LIBRARY = build.try_library
 ANSWERS = 'extern "C" int glm_abi() { return 1; }\n'
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")
@@ -127,7 +127,7 @@ def test_flags_ask_for_what_the_level_has_and_no_more(monkeypatch: pytest.Monkey
     assert levels.compiler_flags("portable") == []
     assert levels.compiler_flags("avx2") == ["-mavx2", "-mfma", "-mf16c"]
     assert "-mavx512bf16" in levels.compiler_flags("avx512")
-    assert levels.compiler_flags("amx")[-2:] == ["-mamx-tile", "-mamx-int8"]
+    assert levels.compiler_flags("amx")[-3:] == ["-mamx-tile", "-mamx-int8", "-mamx-bf16"]
     have_features(monkeypatch, AVX512)
     assert "-mavx512bf16" not in levels.compiler_flags("avx512")
 

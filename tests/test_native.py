@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import subprocess
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ from glmkit.engine.native import Runner, runner_for, why_not
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.kernels import build
 from glmkit.kernels.decoder import MOST_TOKENS
-from glmkit.kernels.levels import LEVELS, VARIABLE, possible_levels
+from glmkit.kernels.levels import LEVELS, VARIABLE, compiler_flags, possible_levels
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.quant.linear import QuantizedLinear, pack_model, pack_nibbles
@@ -32,17 +35,41 @@ EXACT = 1e-5
 """What float32 sums in another order may differ by, as a share of the largest logit."""
 
 
-@pytest.fixture(scope="module", params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
+TILES = "tiles"
+"""The amx level with its instructions modelled in plain C++, which runs on every CPU."""
+
+
+@pytest.fixture(scope="module", params=[*LEVELS, TILES])
+def level(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     name: str = request.param
-    if name not in possible_levels():
+    if name not in (*possible_levels(), TILES):
         pytest.skip(f"this CPU cannot run {name}")
-    yield from _use(name)
+    using = _use(possible_levels()[0] if name == TILES else name)
+    used = next(using)
+    with pytest.MonkeyPatch.context() as patch:
+        if name == TILES:
+            modelled = _modelled_tiles(tmp_path_factory.mktemp("tiles") / "tiles.so")
+            patch.setattr("glmkit.kernels.decoder.library", lambda: modelled)
+        yield used
+    next(using, None)
 
 
-@pytest.fixture(scope="module")
+def _modelled_tiles(path: Path) -> ctypes.CDLL:
+    compiler = build.find_compiler()
+    assert compiler is not None
+    level = next(level for level in possible_levels() if level != "amx")
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-DGLM_EMULATE_TILES", f"-I{Path(__file__).parent}"]
+    command = [*compiler[0], *flags, *compiler_flags(level), "-o", str(path), str(build.SOURCE)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture
 def best() -> Iterator[str]:
-    yield from _use(possible_levels()[0])
+    """The fixture above may still be there: pytest ends it with the module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glmkit.kernels.decoder.library", build.library)
+        yield from _use(possible_levels()[0])
 
 
 def _use(name: str) -> Iterator[str]:
@@ -127,6 +154,11 @@ def forward(model: Any, ids: Tensor, **more: Any) -> Tensor:
     return logits
 
 
+def run(runner: Any, ids: Tensor, cache: BufferCache, layout: dict[str, Tensor], keep: int = 1) -> Tensor:
+    logits: Tensor = runner(ids, cache=cache, keep=keep, **layout)
+    return logits
+
+
 def in_steps(runner: Runner, ids: Tensor, steps: tuple[int, ...], cache: BufferCache, **more: Any) -> Tensor:
     assert sum(steps) == ids.shape[1]
     parts = [runner(part, cache=cache, keep=part.shape[1], **more) for part in ids.split(steps, dim=1)]
@@ -156,10 +188,10 @@ def test_padding_on_the_left(level: str, rows: int, monkeypatch: pytest.MonkeyPa
     layout, runner = CausalLayout(width, pads), native_only(runner_of(model), monkeypatch)
     cache = new_cache(model, rows, 16)
     parts = [
-        runner(ids[:, start:end], cache=cache, keep=end - start, **layout.prompt(start, end))
+        run(runner, ids[:, start:end], cache, layout.prompt(start, end), end - start)
         for start, end in ((0, 6), (6, 11))
     ]
-    parts += [runner(ids[:, at : at + 1], cache=cache, **layout.step(1)) for at in range(width, width + 4)]
+    parts += [run(runner, ids[:, at : at + 1], cache, layout.step(1)) for at in range(width, width + 4)]
     found = torch.cat(parts, dim=1)
     for row, pad in enumerate(pads.tolist()):
         assert off_by(found[row, pad:], forward(model, ids[row : row + 1, pad:])[0]) < EXACT
@@ -199,8 +231,11 @@ def test_a_long_context_in_many_ranges(level: str, monkeypatch: pytest.MonkeyPat
 
 def test_glm_nano_answers_as_with_torch(level: str) -> None:
     loaded = glmkit.load("glm-nano", dtype="float32")
+    assert loaded.tokenizer is not None
     model, options = loaded.model, SamplingOptions(temperature=0.0)
-    prompts = [loaded.tokenizer.encode(text) for text in ("1 + 2 =", "hello", "What is the capital of France?", "a b c")]
+    prompts = [
+        loaded.tokenizer.encode(text) for text in ("1 + 2 =", "hello", "What is the capital of France?", "a b c")
+    ]
 
     def answers() -> list[list[int]]:
         return generate_batch(model, prompts, options, stop_ids=[], max_new_tokens=40, batch_size=3)
@@ -285,9 +320,9 @@ def test_a_quantised_prompt_with_padding(level: str, monkeypatch: pytest.MonkeyP
     pads, width = torch.tensor([0, 30]), 64
     ids, layout = random_ids(2, width + 1), CausalLayout(width, pads)
     runner, cache = native_only(runner_of(model), monkeypatch), new_cache(model, 2, width + 1)
-    first = runner(ids[:, :40], cache=cache, keep=10, **layout.prompt(0, 40))
-    second = runner(ids[:, 40:64], cache=cache, keep=24, **layout.prompt(40, 64))
-    last = runner(ids[:, 64:], cache=cache, **layout.step(1))
+    first = run(runner, ids[:, :40], cache, layout.prompt(0, 40), 10)
+    second = run(runner, ids[:, 40:64], cache, layout.prompt(40, 64), 24)
+    last = run(runner, ids[:, 64:], cache, layout.step(1))
     found = torch.cat((first, second, last), dim=1)
     for row, pad in enumerate(pads.tolist()):
         wanted = forward(exact, ids[row : row + 1, pad:])[0, 30 - pad :]
@@ -325,8 +360,8 @@ def test_a_row_has_the_same_bits_alone_and_among_others(level: str, kind: str) -
     pads, width = torch.tensor([0, 5, 9]), 10
     ids, layout, runner = random_ids(3, width + 3), CausalLayout(width, pads), runner_of(model)
     cache = new_cache(model, 3, 16)
-    parts = [runner(ids[:, :width], cache=cache, **layout.prompt(0, width))]
-    parts += [runner(ids[:, at : at + 1], cache=cache, **layout.step(1)) for at in range(width, width + 3)]
+    parts = [run(runner, ids[:, :width], cache, layout.prompt(0, width))]
+    parts += [run(runner, ids[:, at : at + 1], cache, layout.step(1)) for at in range(width, width + 3)]
     found = torch.cat(parts, dim=1)
     for row, pad in enumerate(pads.tolist()):
         alone = new_cache(model, 1, 4)
@@ -353,15 +388,11 @@ def test_threads_change_no_bit(level: str) -> None:
 # --- when the model itself is asked ---
 
 
-def test_without_native_code_there_is_no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_native_code_there_is_no_runner(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "torch")
     build._choose.cache_clear()
-    try:
-        assert runner_for(tiny()) is None
-        assert "no native code" in str(why_not(tiny()))
-    finally:
-        monkeypatch.undo()
-        build._choose.cache_clear()
+    assert runner_for(tiny()) is None
+    assert "no native code" in str(why_not(tiny()))
 
 
 def _hook(model: Any) -> None:
@@ -409,7 +440,10 @@ def test_other_caches_masks_and_wrong_ids_are_left_to_the_model(best: str) -> No
     assert off_by(runner(ids, cache=hf.DynamicCache(config=model.config)), wanted) < EXACT
     holes = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]] * 2)
     cache = new_cache(model, 2, 8)
-    assert off_by(runner(ids, cache=cache, attention_mask=holes), forward(model, ids, attention_mask=holes)[:, -1:]) < EXACT
+    assert (
+        off_by(runner(ids, cache=cache, attention_mask=holes), forward(model, ids, attention_mask=holes)[:, -1:])
+        < EXACT
+    )
     cache.truncate(0)
     seen = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril()
     assert off_by(runner(ids, cache=cache, attention_mask=seen), wanted) < EXACT
@@ -478,7 +512,8 @@ def test_what_is_not_a_number_stays_so(level: str) -> None:
     with torch.no_grad():
         model.transformer.embedding.word_embeddings.weight[ids[0, 1]] = float("nan")
     found = in_steps(runner_of(model), ids, (1, 2, 1), new_cache(model, 2, 4))
-    assert bool(found[0, 0].isfinite().all()) and bool(found[1].isfinite().all())
+    assert bool(found[0, 0].isfinite().all())
+    assert bool(found[1].isfinite().all())
     assert bool(found[0, 1:].isnan().all())
 
 

@@ -17,10 +17,12 @@ from glmkit.chat.templates import conversation_ids
 from glmkit.data.calibration import calibration_batches
 from glmkit.errors import DataError, UsageError
 from glmkit.evaluate.perplexity import perplexity, token_losses
+from glmkit.loading import load
 from glmkit.quant import search
 from glmkit.quant.gptq import inverse_factor, quantize_gptq, quantize_model_gptq
-from glmkit.quant.linear import QuantizedLinear
-from glmkit.quant.search import quantize_groups, quantize_rows
+from glmkit.quant.linear import QuantizedLinear, pack_nibbles
+from glmkit.quant.search import codes_of, quantize_groups, quantize_rows, search_scales
+from tiny_families import write_chatglm, write_glm
 
 
 def _weights(seed: int = 0, shape: tuple[int, int] = (64, 128)) -> dict[str, Tensor]:
@@ -44,6 +46,15 @@ def _errors(weight: Tensor, packed: Tensor, scale: Tensor, importance: Tensor | 
     return (squares if importance is None else squares * importance).unflatten(1, (-1, 32)).sum(-1)
 
 
+def _weighted(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and scales whose errors count by column."""
+    if importance is None:
+        return quantize_groups(weight)
+    columns = weight.unflatten(1, (-1, 32)).permute(2, 0, 1).contiguous()  # (32, N, K / 32)
+    scale = search_scales(columns, importance.float().view(-1, 32).t()[:, None])
+    return pack_nibbles(codes_of(columns, scale).to(torch.int8).permute(1, 2, 0).flatten(1)), scale
+
+
 # Search --------------------------------------------------------------------------------------------------------------
 
 
@@ -53,7 +64,7 @@ def test_no_group_is_worse_than_rounding_to_nearest(kind: str, weighted: bool) -
     weight = _weights()[kind]
     importance = torch.rand(128, generator=torch.Generator().manual_seed(3)).pow(4) if weighted else None
     nearest = _errors(weight, *quantize_groups(weight, divisors=()), importance)
-    found = _errors(weight, *quantize_groups(weight, importance), importance)
+    found = _errors(weight, *_weighted(weight, importance), importance)
     assert (found <= nearest * (1 + 1e-6)).all()
     assert found.sum() < (0.95 if kind == "lone" else 0.8) * nearest.sum()
 
@@ -86,7 +97,7 @@ def test_the_search_is_near_the_optimum_of_all_scales(kind: str, weighted: bool)
     importance = (
         torch.rand(64, generator=torch.Generator().manual_seed(4)).double() + 0.2 if weighted else torch.ones(64)
     )
-    found = _errors(weight, *quantize_groups(weight, importance if weighted else None), importance)
+    found = _errors(weight, *_weighted(weight, importance if weighted else None), importance)
     best = torch.tensor(
         [[_optimum(row[first : first + 32], importance[first : first + 32]) for first in (0, 32)] for row in weight]
     )
@@ -139,12 +150,11 @@ def test_groups_without_numbers() -> None:
     weight = _weights()["normal"]
     weight[3, 32:64] = 0
     weight[4] = 1e-12  # below anything float16 can scale
-    for importance in (None, torch.zeros(128)):
-        packed, scale = quantize_groups(weight, importance)
-        assert scale[3, 1] == 1
-        assert (scale[4] == 1).all()
-        assert (_read(packed, scale)[4] == 0).all()
-        assert (_read(packed, scale)[3, 32:64] == 0).all()
+    packed, scale = quantize_groups(weight)
+    assert scale[3, 1] == 1
+    assert (scale[4] == 1).all()
+    assert (_read(packed, scale)[4] == 0).all()
+    assert (_read(packed, scale)[3, 32:64] == 0).all()
     codes, rows = quantize_rows(weight)
     assert rows[4] == 1
     assert (codes[4] == 0).all()
@@ -154,7 +164,7 @@ def test_errors_move_to_where_they_count_less() -> None:
     weight = _weights(shape=(256, 64))["normal"]
     importance = torch.ones(64)
     importance[::4] = 30
-    plain, weighted = ((weight - _read(*quantize_groups(weight, one))).square().mean(0) for one in (None, importance))
+    plain, weighted = ((weight - _read(*_weighted(weight, one))).square().mean(0) for one in (None, importance))
     assert weighted[::4].mean() < 0.75 * plain[::4].mean()
     assert weighted.mean() < 1.5 * plain.mean()
 
@@ -173,10 +183,6 @@ def test_what_cannot_be_quantised_is_refused() -> None:
         quantize_groups(torch.ones(2, 48))
     with pytest.raises(UsageError, match="beyond float16"):
         quantize_groups(torch.full((1, 32), 1e6))
-    with pytest.raises(UsageError, match="importance"):
-        quantize_groups(torch.ones(2, 64), torch.ones(32))
-    with pytest.raises(UsageError, match="importance"):
-        quantize_groups(torch.ones(2, 32), -torch.ones(32))
 
 
 def test_int8_rows() -> None:
@@ -222,7 +228,7 @@ def test_gptq_keeps_outputs_of_texts_it_has_not_seen() -> None:
     importance = seen.square().mean(0)
     nearest = _output_error(weight, quantize_groups(weight, divisors=()), unseen)
     searched = _output_error(weight, quantize_groups(weight), unseen)
-    weighted = _output_error(weight, quantize_groups(weight, importance), unseen)
+    weighted = _output_error(weight, _weighted(weight, importance), unseen)
     calibrated = _output_error(weight, quantize_gptq(weight, seen.t() @ seen), unseen)
     assert searched < 0.8 * nearest
     assert weighted < searched
@@ -242,7 +248,7 @@ def test_gptq_is_what_the_paper_says_column_by_column() -> None:
     """The textbook form: after each column, the free ones take `-e inverse(H_free)[0, :] / inverse(H_free)[0, 0]`."""
     weight, x = _weights(shape=(4, 64))["normal"], _inputs(64, 300)
     hessian = x.t() @ x
-    packed, scale = quantize_gptq(weight, hessian.clone())
+    packed, scale = quantize_gptq(weight, hessian)
     got = _read(packed, scale)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean().double() * torch.eye(64)
     w = weight.double()
@@ -270,8 +276,6 @@ def test_gptq_takes_inputs_that_span_little_or_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def nano() -> Any:
-    from glmkit.loading import load
-
     return load("glm-nano", dtype="float32")
 
 
@@ -314,8 +318,20 @@ def test_a_calibrated_model_stays_nearer_to_the_original(nano: Any) -> None:
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
-def test_calibration_is_refused_where_it_cannot_be(nano: Any) -> None:
+def test_a_model_that_reads_both_ways_is_calibrated_too(tmp_path: Path) -> None:
+    model, tokenizer = load(write_chatglm(tmp_path / "chatglm"), dtype="float32")
+    (tmp_path / "text.txt").write_text("hello world, how are you? I like tea and rice. " * 20)
+    batches = calibration_batches(tokenizer, tmp_path / "text.txt", length=64)
+    exact = copy.deepcopy(model)
+    quantize_model_gptq(model, batches)
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 8
+    assert 0 < _moved(model, exact, batches[0]) < 0.1
+
+
+def test_calibration_is_refused_where_it_cannot_be(nano: Any, tmp_path: Path) -> None:
     base, _ = nano
+    with pytest.raises(UsageError, match="GLMForConditionalGeneration is quantised without calibration"):
+        quantize_model_gptq(load(write_glm(tmp_path / "glm")).model, [])
     with pytest.raises(UsageError, match="int8"):
         quantize_model_gptq(base, [], scheme="int8")
     with pytest.raises(UsageError, match="without text"):

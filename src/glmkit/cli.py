@@ -31,9 +31,7 @@ _VERB_SYNONYMS = {
     "demo": "quickstart",
     "start": "quickstart",
 }
-_NO_MEMORY_HINT = (
-    "--quantize official-int8 or official-int4, a smaller --dtype, a shorter conversation, or --device cpu"
-)
+_NO_MEMORY_HINT = "--quantize int8 or int4, a smaller --dtype, a shorter conversation, or --device cpu"
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from glmkit.models.glm import official_name
 from glmkit.models.glm_network import GLMPreTrainedModel
 from glmkit.placement import check_table, device_of, place_layers, plan_layers
 from glmkit.quant.bitsandbytes import BITS, quantized_linear
-from glmkit.quant.linear import QuantizedLinear
+from glmkit.quant.linear import QuantizedLinear, return_free_memory
 from glmkit.quant.official import is_quantised_layer, quantize_model, quantize_rows
 from glmkit.quant.schemes import FORMS, Form, Scheme, layers_of, prepare_model, scheme_of
 
@@ -82,6 +82,8 @@ def load_model(
         model.config.quantization_bit = bits
     elif forms:
         model.config.quantization_config = Scheme(str(bits), made_by={"how": "search"}).to_config()
+    if bits:
+        return_free_memory()
     if len(set(places.values())) > 1:
         place_layers(model, places)
     hf.set_generation_config(model, folder.read_object("generation_config.json"))

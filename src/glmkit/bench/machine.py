@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmkit import __version__
 from glmkit.kernels.build import library, status
 
 _BUFFER_BYTES = 2**30  # no cache holds it
@@ -81,7 +80,7 @@ def description() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "glmkit": __version__,
+        "glmkit": version("glmkit"),
     }
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from glmkit.bench.models import first_block
 from glmkit.bench.official import OfficialWay
+from glmkit.engine.batch import Batch
 from glmkit.engine.cache import BufferCache, new_cache
-from glmkit.engine.decode import _Batch
 from glmkit.engine.sampling import SamplingOptions, row_generators
 
 _GREEDY = SamplingOptions(temperature=0.0)
@@ -68,7 +68,7 @@ class Ours:
 
         def work() -> float:
             cache.truncate(context)
-            batch = _Batch(self.model, prompts, range(rows), _GREEDY, row_generators(_GREEDY, rows), cache)
+            batch = Batch(self.model, prompts, range(rows), _GREEDY, row_generators(_GREEDY, rows), cache)
             batch.logits = logits  # as if the prompt had been read
             batch.advance()
             started = time.perf_counter()
@@ -84,7 +84,7 @@ class Ours:
         def work() -> float:
             cache = new_cache(self.model, 1, tokens + 1)
             started = time.perf_counter()
-            batch = _Batch(self.model, prompts, [0], _GREEDY, row_generators(_GREEDY, 1), cache)
+            batch = Batch(self.model, prompts, [0], _GREEDY, row_generators(_GREEDY, 1), cache)
             for _ in batch.prefill(_CHUNK):
                 pass
             batch.advance()

@@ -1,40 +1,31 @@
 """Whole steps of the ChatGLM2, ChatGLM3 and GLM-4 network in one native call, over the same cache and the same weights.
 
     runner_for(model)            once for each generation: looks whether nothing stands beside the plain network
-        Network                  addresses and sizes of its weights, kept with the model until they change
     runner(ids, cache=...)
         few tokens               glm_decode: ids in, logits out
         many, quantised          each block in two halves around torch's attention
         many, float              the model itself: torch multiplies large float matrices well
         anything unusual         the model itself: other caches, masks, positions, an adapter
 
-Float weights are the model's own memory, so they are multiplied as they are, and what is added up is float32. The models
-know nothing of this.
+What is added up is float32, whatever the weights are. network.py says what the native code reads.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glmkit import hf
-from glmkit.adapters.switching import Adapters, LoraBeside, adapter_of
+from glmkit.adapters.switching import adapter_of
 from glmkit.engine.cache import BufferCache
-from glmkit.errors import UsageError
+from glmkit.engine.network import DTYPES, Network, base_of, network_of, why_not
 from glmkit.kernels import decoder as native
-from glmkit.kernels.build import status
-from glmkit.kernels.linear import Weight, weight_of
-from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.models.layers import attend
-from glmkit.quant.linear import QuantizedLinear
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FIRST_ANGLES = 2048  # positions in the rotary tables, more when they are needed
+__all__ = ["Runner", "runner_for", "why_not"]
 
 
 def runner_for(model: Any) -> Runner | None:
@@ -49,208 +40,8 @@ def runner_for(model: Any) -> Runner | None:
     Raises:
         KernelsError: The user named a level of native code that does not work here.
     """
-    network = _network_of(_own(model))
+    network = network_of(base_of(model))
     return None if network is None else Runner(model, network)
-
-
-def why_not(model: Any) -> str | None:
-    """Why a model's steps do not run natively; None if they do.
-
-    Args:
-        model: Any language model, or a view of one with an adapter.
-    """
-    if adapter_of(model) is not None:
-        return f"the adapter {adapter_of(model)!r} is active"
-    own = _own(model)
-    if type(own) is not ChatGLM2ForCausalLM:
-        return f"{type(own).__name__} has no native step, only ChatGLM2, ChatGLM3 and GLM-4 do"
-    if getattr(own, "glm_kernels", "auto") == "torch":
-        return "it was loaded with kernels='torch'"
-    if native.functions() is None:
-        return f"there is no native code: {status().why}"
-    return _obstacle(own) or next(_wrong_sizes(own), None)
-
-
-def _own(model: Any) -> Any:
-    """The model behind a view that has no adapter."""
-    adapters = getattr(model, "glm_adapters", None)
-    return adapters.model if isinstance(adapters, Adapters) and adapter_of(model) is None else model
-
-
-def _obstacle(model: ChatGLM2ForCausalLM) -> str | None:
-    """What stands beside the plain network."""
-    if model.training:
-        return "it is in training mode"
-    if (model.config._attn_implementation or "sdpa") != "sdpa":
-        return f"its attention is {model.config._attn_implementation}"
-    if model.config.pre_seq_len or getattr(model.transformer, "prefix_encoder", None) is not None:
-        return "it has a prefix"
-    for name, module in model.named_modules():
-        if _is_hooked(module):
-            return f"{name or type(module).__name__} has a hook"
-        if "forward" in module.__dict__ or module._compiled_call_impl is not None:
-            return f"{name or type(module).__name__} computes in a way of its own"
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if type(tensor.data) is not Tensor or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return f"{name} is no plain tensor on the CPU"
-    return None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a hook may change what a module gives. Those of adapters do nothing while none is active."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not isinstance(getattr(hook, "__self__", None), (Adapters, LoraBeside)) for hook in hooks)
-
-
-def _wrong_sizes(model: ChatGLM2ForCausalLM) -> Iterator[str]:
-    """What the native code does not take of the weights themselves."""
-    network, config = model.transformer, model.config
-    width = config.kv_channels
-    queries, keys = config.num_attention_heads * width, config.multi_query_group_num * width
-    expected = (
-        (config.hidden_size, queries + 2 * keys),
-        (queries, config.hidden_size),
-        (config.hidden_size, 2 * config.ffn_hidden_size),
-        (config.ffn_hidden_size, config.hidden_size),
-    )
-    if width % 4 or config.ffn_hidden_size % 16:
-        yield f"heads of {width} and an inner width of {config.ffn_hidden_size}: expected multiples of 4 and 16"
-    for index, block in enumerate(network.encoder.layers):
-        for layer, shape in zip(_linears(block), expected):
-            if not _is_plain(layer):
-                yield f"a {type(layer).__name__} of block {index} is no linear layer that the native code takes"
-            elif (layer.in_features, layer.out_features) != shape:
-                yield f"block {index} is a part of one"
-    if not _is_plain(network.output_layer) or type(network.embedding.word_embeddings) is not nn.Embedding:
-        yield "embedding or output layer is of another kind"
-    elif network.embedding.word_embeddings.weight.dtype not in _DTYPES:
-        yield f"the embedding is {network.embedding.word_embeddings.weight.dtype}"
-
-
-def _linears(block: Any) -> tuple[Any, Any, Any, Any]:
-    attention, mlp = block.self_attention, block.mlp
-    return attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h
-
-
-def _is_plain(layer: Any) -> bool:
-    if type(layer) is QuantizedLinear:
-        return layer.packed
-    return type(layer) is nn.Linear and layer.weight.dtype in _DTYPES
-
-
-# --- the weights ---
-
-
-class Network:
-    """A model's weights as the native code reads them: where they are, and float32 copies of the small ones.
-
-    It holds no large tensor, or a model that moves elsewhere would leave its memory behind; `stays` says whether the
-    addresses still hold.
-
-    Args:
-        model: A model that `why_not` has nothing against.
-    """
-
-    def __init__(self, model: ChatGLM2ForCausalLM) -> None:
-        network, config = model.transformer, model.config
-        self.state = _state(model)
-        self.copies: list[tuple[Tensor, nn.Parameter]] = []  # float32, and what they are copies of
-        self.weight_bytes = 0
-        table = network.embedding.word_embeddings.weight
-        blocks = (native.Block * config.num_layers)()
-        for to, block in zip(blocks, network.encoder.layers):
-            to.input_norm = self._floats(block.input_layernorm.weight)
-            to.post_norm = self._floats(block.post_attention_layernorm.weight)
-            to.query_key_value, to.dense, to.up, to.down = (self._weight(layer) for layer in _linears(block))
-        self.is_quantised = all(
-            isinstance(layer, QuantizedLinear) for block in network.encoder.layers for layer in _linears(block)
-        )
-        self.groups, self.heads, self.width = config.multi_query_group_num, config.num_attention_heads, config.kv_channels
-        self.hidden, self.vocabulary, self.dtype = config.hidden_size, network.output_layer.out_features, table.dtype
-        self.decoder = native.Decoder(
-            layers=config.num_layers,
-            hidden=self.hidden,
-            inner=config.ffn_hidden_size,
-            heads=self.heads,
-            groups=self.groups,
-            width=self.width,
-            rotated=2 * (self.width // 4),
-            vocabulary=table.shape[0],
-            table_dtype=_DTYPES[table.dtype],
-            eps=network.encoder.final_layernorm.eps,
-            table=table.data_ptr(),
-            final_norm=self._floats(network.encoder.final_layernorm.weight),
-            blocks=blocks,
-            output=self._weight(network.output_layer),
-        )
-        self.decoder.bytes = self.weight_bytes
-        self.address = ctypes.addressof(self.decoder)
-        self.ends = (table.data_ptr(), network.output_layer.weight.data_ptr())
-        self.cosines, self.sines = self._angles(model, _FIRST_ANGLES)
-
-    def _floats(self, parameter: nn.Parameter) -> int:
-        own = parameter.detach()
-        if own.dtype != torch.float32:
-            own = own.float()
-            self.copies.append((own, parameter))
-        return own.data_ptr()
-
-    def _weight(self, layer: Any) -> Weight:
-        scale = layer.weight_scale.detach() if isinstance(layer, QuantizedLinear) else None
-        made = weight_of(layer.weight.detach(), scale, layer.bias)
-        if layer.bias is not None and made.bias != layer.bias.data_ptr():
-            self.copies.append((made.kept[2], layer.bias))  # type: ignore[arg-type]
-        self.weight_bytes += layer.weight.nbytes
-        return made
-
-    def refresh(self) -> None:
-        """Copies the small weights again: somebody may have written to the model's own in place."""
-        for own, parameter in self.copies:
-            own.copy_(parameter.detach())
-
-    def stays(self, model: Any) -> bool:
-        """Whether a model's first and last weight are where they were. Whoever moves or converts a model moves all."""
-        network = model.transformer
-        return self.ends == (
-            network.embedding.word_embeddings.weight.data_ptr(),
-            network.output_layer.weight.data_ptr(),
-        )
-
-    def reach(self, model: Any, positions: int) -> None:
-        """Makes the rotary tables long enough for so many positions."""
-        if positions > len(self.cosines):
-            self.cosines, self.sines = self._angles(model, max(positions, 2 * len(self.cosines)))
-
-    def _angles(self, model: Any, positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0, 1, ..., each (positions, R/2) float32: what the model's own `rotary` gives."""
-        cosines, sines = model.transformer.rotary(torch.arange(positions)[None], torch.float32)
-        return cosines[0].contiguous(), sines[0].contiguous()
-
-
-_networks: WeakKeyDictionary[Any, Network] = WeakKeyDictionary()
-
-
-def _network_of(model: Any) -> Network | None:
-    if why_not(model) is not None:
-        if isinstance(model, nn.Module):
-            _networks.pop(model, None)
-        return None
-    known = _networks.get(model)
-    with torch.no_grad():
-        if known is None or known.state != _state(model):
-            known = _networks[model] = Network(model)
-        known.refresh()
-    return known
-
-
-def _state(model: ChatGLM2ForCausalLM) -> tuple[Any, ...]:
-    """What a `Network` was made from, so that another one is made when it changes."""
-    config = model.config
-    tensors = tuple((parameter.data_ptr(), parameter.dtype) for parameter in model.parameters())
-    return config.rotary_base_and_scale(), config.num_attention_heads, config.multi_query_group_num, tensors
-
-
-# --- the steps ---
 
 
 class Runner:
@@ -263,7 +54,7 @@ class Runner:
 
     def __init__(self, model: Any, network: Network) -> None:
         self._model, self._network = model, network
-        self._base: Any = _own(model)
+        self._base: Any = base_of(model)
         self._adapters = getattr(model, "glm_adapters", None)
         library = native.functions()
         assert library is not None
@@ -314,7 +105,7 @@ class Runner:
         if type(cache) is not BufferCache or (self._adapters is not None and adapter_of(self._model) is not None):
             return False
         if not self._network.stays(self._base):  # moved or converted since the last call
-            network = _network_of(self._base)
+            network = network_of(self._base)
             if network is None:
                 return False
             self._network = network
@@ -334,7 +125,7 @@ class Runner:
         for layer, buffer in zip(cache.layers, known):
             if layer.is_initialized and layer.keys is not buffer:
                 expected = (self._network.groups, self._network.width)
-                if layer.dtype not in _DTYPES or layer.keys.device.type != "cpu" or layer.dtype != cache.layers[0].dtype:
+                if layer.dtype not in DTYPES or layer.keys.device.type != "cpu" or layer.dtype != cache.layers[0].dtype:
                     return False
                 if (layer.keys.shape[1], layer.keys.shape[3]) != expected:
                     return False
@@ -376,7 +167,7 @@ class Runner:
         for to, layer in zip(layers, cache.layers):
             to.keys, to.values = layer.keys.data_ptr(), layer.values.data_ptr()
             to.row, to.group = layer.keys.stride(0), layer.keys.stride(1)
-        self._step.cache, self._step.cache_dtype = layers, _DTYPES[cache.layers[0].keys.dtype]
+        self._step.cache, self._step.cache_dtype = layers, DTYPES[cache.layers[0].keys.dtype]
         self._buffers = [layer.keys for layer in cache.layers]
 
     def _few(self, rows: int, keep: int) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 A level is one compilation of the same sources:
 
-    amx       avx512, bfloat16 products, and tiles of int8
+    amx       avx512, bfloat16 products, and tiles of int8 and bfloat16
     avx512    16 lanes in one register, and products of int8 that are added up in int32
     avx2      16 lanes in two registers
     portable  plain loops, for any CPU and architecture
@@ -30,7 +30,7 @@ _AVX512 = {**_AVX2, **{f"avx512{part}": f"-mavx512{part}" for part in ("f", "bw"
     "avx512_vnni": "-mavx512vnni"
 }
 _BFLOAT16 = {"avx512_bf16": "-mavx512bf16"}
-_AMX = {**_AVX512, **_BFLOAT16, "amx_tile": "-mamx-tile", "amx_int8": "-mamx-int8"}
+_AMX = {**_AVX512, **_BFLOAT16, **{f"amx_{part}": f"-mamx-{part}" for part in ("tile", "int8", "bf16")}}
 # Level -> feature that the CPU must have -> the compiler's flag for it. The fastest comes first.
 _NEEDS: dict[str, dict[str, str]] = {"amx": _AMX, "avx512": _AVX512, "avx2": _AVX2, "portable": {}}
 LEVELS = tuple(_NEEDS)

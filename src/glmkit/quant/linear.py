@@ -13,6 +13,8 @@ Source: quantization.py of ChatGLM-6B, ChatGLM2-6B and GLM-130B for bytes and ro
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -229,7 +231,7 @@ def pack_model(model: Any, kernels: str = "auto") -> int:
         for module in model.modules()
         if isinstance(module, QuantizedLinear) and module.weight.device.type == "cpu" and held[id(module.weight)] == 1
     ]
-    if kernels == "auto" and (not layers or model.dtype not in (torch.bfloat16, torch.float16)):
+    if kernels == "auto" and (not layers or _dtype(model) not in (torch.bfloat16, torch.float16)):
         return 0
     from glmkit.kernels import build
     from glmkit.kernels import linear as native
@@ -243,5 +245,25 @@ def pack_model(model: Any, kernels: str = "auto") -> int:
     layers = [layer for layer, size in zip(layers, sizes) if native.fits(*size)]
     if layers:
         arena = native.Arena(sum(native.packed_bytes(*size) for size in sizes if native.fits(*size)))
-        return sum(layer.pack(arena) for layer in layers)
+        packed = sum(layer.pack(arena) for layer in layers)
+        return_free_memory()
+        return packed
     return 0
+
+
+def return_free_memory() -> None:
+    """Hands memory that was freed back to the system; glibc keeps some, of large layers up to a tenth of a model."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # not every C library has it
+        if trim is not None:
+            trim(0)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """What a model computes in: the dtype of its numbers, beside scales, and a prefix, which are kept in others."""
+    own = (
+        one.dtype
+        for name, one in model.named_parameters()
+        if one.is_floating_point() and not name.endswith(".weight_scale") and ".prefix_encoder." not in name
+    )
+    return next(own, torch.float32)

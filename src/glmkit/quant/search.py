@@ -9,7 +9,7 @@ A group of int4 is 32 numbers `w` of a row that share a scale `s`; in their plac
 
 So a fixed list of codes `d` for the largest number `m` is tried, `s = m / d`. The codes whose error after the fit is
 smallest win; codes and fit are then made once more in turn, with scales rounded to float16, and the better of this and
-rounding to nearest is taken. Errors are squared, and weighted by the importance of each column if it is given.
+rounding to nearest is taken. GPTQ, which makes use of it too, weights the squared errors of columns.
 
 Source of the sign: llama.cpp, block_q4_0 of ggml-quants.c, which takes d = -8.
 """
@@ -29,18 +29,13 @@ DIVISORS = (-8.2, -7.2, -8.7, -7.8, -6.5, -9.1)
 _CHUNK = 1 << 18  # numbers searched together: a few MB of temporaries, which stay in the cache
 _REFITS = 2
 _LARGEST = torch.finfo(torch.float16).max
-_LEAST = 1e-6
 
 
-def quantize_groups(
-    weight: Tensor, importance: Tensor | None = None, *, divisors: Sequence[float] = DIVISORS
-) -> tuple[Tensor, Tensor]:
+def quantize_groups(weight: Tensor, *, divisors: Sequence[float] = DIVISORS) -> tuple[Tensor, Tensor]:
     """Quantises a weight to int4 in groups of 32 columns.
 
     Args:
         weight: (N, K), floating point; K a multiple of 32.
-        importance: (K,), how much a squared error of each column counts, for instance the mean square of its input.
-            None: all the same.
         divisors: Which codes to try for the largest number of a group. None at all is rounding to nearest.
 
     Returns:
@@ -52,13 +47,12 @@ def quantize_groups(
     """
     rows, columns = weight.shape
     check_columns(columns)
-    counts = None if importance is None else _checked(importance, columns).view(-1, GROUP).t()[:, None]  # (32, 1, K/32)
     packed = torch.empty(rows, columns // 2, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows, columns // GROUP, dtype=torch.float16, device=weight.device)
     step = max(1, _CHUNK // columns)
     for start in range(0, rows, step):
         part = weight[start : start + step].detach().unflatten(1, (-1, GROUP)).permute(2, 0, 1).float().contiguous()
-        found = search_scales(part, counts, divisors)  # (n, K/32)
+        found = search_scales(part, divisors=divisors)  # (n, K/32)
         scale[start : start + step] = found
         packed[start : start + step] = pack_nibbles(codes_of(part, found).to(torch.int8).permute(1, 2, 0).flatten(1))
     return packed, scale
@@ -105,7 +99,8 @@ def search_scales(w: Tensor, importance: Tensor | None = None, divisors: Sequenc
 
     Args:
         w: (32, ...), float32.
-        importance: A shape that broadcasts to that of w, positive.
+        importance: How much the squared error of each number counts, positive; a shape that broadcasts to that of w.
+            None: all the same.
         divisors: Which codes to try for the largest number of a group.
 
     Returns:
@@ -181,14 +176,3 @@ def _check(w: Tensor, scale: Tensor) -> None:
         f"a weight of {w.abs().max().item():.3g} needs a scale beyond float16, whose largest is {_LARGEST:.0f}",
         hint="weights of trained models are far smaller; leave this layer as it is",
     )
-
-
-def _checked(importance: Tensor, columns: int) -> Tensor:
-    """Importance in float32 with mean 1; a column that counts nothing still counts a little, so that its codes fit."""
-    if importance.shape != (columns,) or not importance.isfinite().all() or (importance < 0).any():
-        raise UsageError(
-            f"importance of shape {tuple(importance.shape)} for {columns} columns; "
-            "expected as many finite numbers, none negative"
-        )
-    mean = importance.double().mean()
-    return (importance / torch.where(mean > 0, mean, 1.0)).float().clamp(min=_LEAST)

@@ -1,4 +1,4 @@
-// Many vectors times quantised rows, on the CPU's tiles (Intel AMX): the same weights as in linear.h, and 16 times the
+// Many vectors times quantised rows, on the CPU's tiles (Intel AMX): the same weights as in linear.h, and eight times the
 // products a cycle that vectors give. Prompts and large batches come here.
 //
 // A tile is a register of 16 rows of 64 bytes. One instruction multiplies 16 vectors by 64 columns of 16 weight rows:
@@ -26,6 +26,8 @@
 // From how many vectors on it pays: a weight takes about 0.10 cycles to come from memory, 0.07 to be unpacked, and m / 128
 // to be multiplied on vectors at their best, against m / 1024 on tiles, which count in sixteens. Tiles win from some 16
 // vectors on. They are used from 32: steps that check drafts, and small batches, then give the very numbers of single steps.
+//
+// The instructions have been modelled (tests/emulated_tiles.h), not run: no CPU with tiles was at hand.
 
 #pragma once
 

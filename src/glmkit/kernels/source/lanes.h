@@ -104,22 +104,33 @@ inline Ints nearest(const Floats& a) {
 #endif
 }
 
-// Numbers of each lane, for what is not worth a formula on vectors.
+// All 16 lanes as one number: the upper half joins the lower half until one is left.
 template <class Function>
 inline float fold(const Floats& a, Function join) {
-    float values[kLanes];
-    store(values, a);
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) values[i] = join(values[i], values[i + width]);
-    return values[0];
+    NativeFloats whole = a.part[0];
+    if constexpr (kParts == 2) whole = join(a.part[0], a.part[1]);
+    if constexpr (kParts == 4) whole = join(join(a.part[0], a.part[2]), join(a.part[1], a.part[3]));
+#if defined(__AVX2__)
+    __m256 half;
+#if defined(__AVX512VNNI__)
+    half = join(_mm512_castps512_ps256((__m512)whole), _mm512_extractf32x8_ps((__m512)whole, 1));
+#else
+    half = (__m256)whole;
+#endif
+    const __m128 four = join(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 two = join(four, _mm_movehl_ps(four, four));
+    return join(two, _mm_movehdup_ps(two))[0];
+#else
+    return join(join(whole[0], whole[2]), join(whole[1], whole[3]));
+#endif
 }
 
 inline float sum(const Floats& a) {
-    return fold(a, [](float x, float y) { return x + y; });
+    return fold(a, [](auto x, auto y) { return x + y; });
 }
 
 inline float largest(const Floats& a) {
-    return fold(a, [](float x, float y) { return x > y ? x : y; });
+    return fold(a, [](auto x, auto y) { return x > y ? x : y; });
 }
 
 inline float number_of(uint32_t bits) {
@@ -187,15 +198,28 @@ inline Floats load_float16(const uint16_t* x) {
 }
 
 inline void store_bfloat16(uint16_t* to, const Floats& x) {
-    float values[kLanes];
-    store(values, x);
-    for (int i = 0; i < kLanes; ++i) to[i] = to_bfloat16(values[i]);
+    typedef uint16_t Narrow __attribute__((vector_size(kNativeBytes / 2)));
+    for (int p = 0; p < kParts; ++p) {
+        const NativeUnsigned bits = reinterpret_cast<const NativeUnsigned&>(x.part[p]);
+        const NativeUnsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, nan = (bits >> 16) | 0x40u;
+        const Narrow out = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded, Narrow);
+        std::memcpy(to + p * kLanes / kParts, &out, sizeof out);
+    }
 }
 
 inline void store_float16(uint16_t* to, const Floats& x) {
+#if defined(__AVX512VNNI__)
+    const __m256i out = _mm512_cvtps_ph((__m512)x.part[0], _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), out);
+#elif defined(__AVX2__)
+    for (int p = 0; p < kParts; ++p) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to) + p, _mm256_cvtps_ph((__m256)x.part[p], _MM_FROUND_TO_NEAREST_INT));
+    }
+#else
     float values[kLanes];
     store(values, x);
     for (int i = 0; i < kLanes; ++i) to[i] = to_float16(values[i]);
+#endif
 }
 
 // sums[lane] += the dot product of the lane's four bytes with the four at `x`, which every lane shares. Weights of 8 bit

@@ -251,10 +251,14 @@ inline float load_weight(const void* data, size_t at) {
     return from_float16(static_cast<const uint16_t*>(data)[at]);
 }
 
+constexpr size_t kAheadBytes = 4096;  // how far ahead float weights are fetched; whole tiles of them
+
 // kColumns neighbouring rows of a float matrix times kRows vectors, lanes along k.
 template <int kKind, int kColumns, int kRows>
 void float_tile(const Weight& w, const float* x, int n, float* y, size_t ldy) {
+    constexpr size_t kBytes = kKind == kFloat32 ? 4 : 2;
     const size_t k = w.k, whole = k / kLanes * kLanes;
+    const size_t tile_bytes = kColumns * k * kBytes, ahead = (kAheadBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
     Floats sums[kColumns][kRows];
     for (auto& row : sums)
         for (auto& one : row) one = spread(0.0f);
@@ -264,6 +268,7 @@ void float_tile(const Weight& w, const float* x, int n, float* y, size_t ldy) {
         for (int i = 0; i < kRows; ++i) vectors[i] = load(x + i * k + at);
 #pragma GCC unroll 4
         for (int c = 0; c < kColumns; ++c) {
+            __builtin_prefetch(static_cast<const char*>(w.data) + ((n + c) * k + at) * kBytes + ahead);
             const Floats weights = load_weights<kKind>(w.data, (n + c) * k + at);
 #pragma GCC unroll 4
             for (int i = 0; i < kRows; ++i) sums[c][i] = fused(weights, vectors[i], sums[c][i]);

@@ -36,11 +36,17 @@ inline void widen(const void* x, size_t at, int count, int dtype, float* to) {
 }
 
 inline void narrow(const float* x, int count, int dtype, void* to, size_t at) {
-    for (int i = 0; i < count; ++i) {
-        if (dtype == kAsFloat32) static_cast<float*>(to)[at + i] = x[i];
-        if (dtype == kAsBFloat16) static_cast<uint16_t*>(to)[at + i] = to_bfloat16(x[i]);
-        if (dtype == kAsFloat16) static_cast<uint16_t*>(to)[at + i] = to_float16(x[i]);
+    if (dtype == kAsFloat32) {
+        std::memcpy(static_cast<float*>(to) + at, x, count * sizeof(float));
+        return;
     }
+    uint16_t* numbers = static_cast<uint16_t*>(to) + at;
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        if (dtype == kAsBFloat16) store_bfloat16(numbers + i, load(x + i));
+        if (dtype == kAsFloat16) store_float16(numbers + i, load(x + i));
+    }
+    for (; i < count; ++i) numbers[i] = dtype == kAsBFloat16 ? to_bfloat16(x[i]) : to_float16(x[i]);
 }
 
 }  // namespace glm
