@@ -107,7 +107,8 @@ def _huge_pages(nbytes: int) -> Tensor:
     """At least so many zero bytes of a map of their own, from a 2 MiB boundary on; pages cost memory once used."""
     whole = -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
     try:
-        mapped = mmap.mmap(-1, whole + _PAGE_BYTES)
+        # Private: shared memory, which is Python's default, has no huge pages and stays shared after a fork.
+        mapped = mmap.mmap(-1, whole + _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {whole} bytes of weights: {error.strerror}") from error
     data = torch.frombuffer(mapped, dtype=torch.uint8)  # holds the map
