@@ -5,10 +5,12 @@ run on every CPU; and what the compiler makes of the real instructions.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +178,21 @@ def test_the_largest_numbers_do_not_overflow(library: ctypes.CDLL, kind: int) ->
     np.testing.assert_allclose(product(library, rows, x), x @ rows.numbers().T, rtol=0.005)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's mprotect")
+@pytest.mark.parametrize("kind", [INT8, INT4, INT4_GROUPS])
+def test_nothing_is_read_behind_the_weights(library: ctypes.CDLL, kind: int) -> None:
+    """The last of 11 blocks in a row is half a tile; what lies behind it cannot be read."""
+    rows = Rows(library, kind, 48, 352)
+    before = product(library, rows, np.ones((32, 352)))
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE * (1 + rows.blocks.size // mmap.PAGESIZE))
+    whole = np.frombuffer(memory, np.uint8)
+    end = whole.size - mmap.PAGESIZE
+    whole[end - rows.blocks.size : end] = rows.blocks
+    assert ctypes.CDLL(None).mprotect(address(whole[end:]), mmap.PAGESIZE, 0) == 0
+    rows.blocks = whole[end - rows.blocks.size : end]
+    np.testing.assert_array_equal(product(library, rows, np.ones((32, 352))), before)
+
+
 @pytest.mark.parametrize("kind", [INT8, INT4, INT4_GROUPS])
 def test_a_vector_does_not_depend_on_the_others(library: ctypes.CDLL, kind: int) -> None:
     rows = Rows(library, kind, 48, 352)
@@ -216,10 +233,10 @@ def test_scales_of_groups_may_be_zero_tiny_or_not_finite(library: ctypes.CDLL) -
     y = product(library, rows, x)
     assert error(y, expected_with_zeros(rows, x)) < 1e-6
     assert (y[:, 3] == 0).all()
-    rows.scale[20, 9] = np.inf
+    rows.scale[20, 9], rows.scale[21, 3] = np.inf, np.nan
     y = product(library, rows, x)
-    assert np.isnan(y[:, 20]).all()
-    assert np.isfinite(np.delete(y, 20, axis=1)).all()
+    assert np.isnan(y[:, [20, 21]]).all()
+    assert np.isfinite(np.delete(y, [20, 21], axis=1)).all()
 
 
 def expected_with_zeros(rows: Rows, x: NDArray) -> Array:

@@ -18,7 +18,16 @@ from glmkit.adapters.switching import Adapters, LoraBeside, adapter_of
 from glmkit.kernels import decoder as native
 from glmkit.kernels.build import status
 from glmkit.kernels.linear import Weight, weight_of
-from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
+from glmkit.models.chatglm2 import (
+    MLP,
+    Block,
+    ChatGLM2ForCausalLM,
+    ChatGLM2Model,
+    Embedding,
+    Encoder,
+    SelfAttention,
+)
+from glmkit.models.layers import RMSNorm, attend
 from glmkit.quant.linear import QuantizedLinear
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,7 +50,7 @@ def why_not(model: Any) -> str | None:
         return "it was loaded with kernels='torch'"
     if native.functions() is None:
         return f"there is no native code: {status().why}"
-    return _obstacle(own) or next(_wrong_sizes(own), None)
+    return _obstacle(own) or _other_part(own) or next(_wrong_sizes(own), None)
 
 
 def base_of(model: Any) -> Any:
@@ -58,6 +67,8 @@ def _obstacle(model: ChatGLM2ForCausalLM) -> str | None:
         return f"its attention is {model.config._attn_implementation}"
     if model.config.pre_seq_len or getattr(model.transformer, "prefix_encoder", None) is not None:
         return "it has a prefix"
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "there is a hook for all modules"
     for name, module in model.named_modules():
         if _is_hooked(module):
             return f"{name or type(module).__name__} has a hook"
@@ -77,6 +88,37 @@ def _is_hooked(module: nn.Module) -> bool:
     """Whether a hook may change what a module gives. Those of adapters do nothing while none is active."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(not isinstance(getattr(hook, "__self__", None), (Adapters, LoraBeside)) for hook in hooks)
+
+
+def _other_part(model: ChatGLM2ForCausalLM) -> str | None:
+    """What somebody has put where the network's own parts are expected, or taken out."""
+    for part, kind in _parts(model.transformer):
+        if type(part) is not kind:
+            return f"a {type(part).__name__} stands in the place of a {kind.__name__}"
+    blocks, eps = model.transformer.encoder.layers, model.transformer.encoder.final_layernorm.eps
+    if len(blocks) != model.config.num_layers:
+        return f"it has {len(blocks)} blocks, its config says {model.config.num_layers}"
+    for block in blocks:
+        if block.self_attention.attend is not attend:
+            return "its attention is not the usual one"
+        if block.input_layernorm.eps != eps or block.post_attention_layernorm.eps != eps:
+            return "its norms differ in eps"
+    return None
+
+
+def _parts(network: Any) -> Iterator[tuple[Any, type]]:
+    """Parts and what they have to be, each before what is in it."""
+    yield network, ChatGLM2Model
+    yield network.embedding, Embedding
+    yield network.embedding.word_embeddings, nn.Embedding
+    yield network.encoder, Encoder
+    yield network.encoder.final_layernorm, RMSNorm
+    for block in network.encoder.layers:
+        yield block, Block
+        yield block.input_layernorm, RMSNorm
+        yield block.self_attention, SelfAttention
+        yield block.post_attention_layernorm, RMSNorm
+        yield block.mlp, MLP
 
 
 def _wrong_sizes(model: ChatGLM2ForCausalLM) -> Iterator[str]:

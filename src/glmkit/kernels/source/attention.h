@@ -187,8 +187,10 @@ class TileAttention {
         for (int key = first; key < last; key += kChunk) {
             const int count = std::min(kChunk, last - key), rows = (count + kTileRows - 1) / kTileRows * kTileRows;
             const uint16_t* keys = whole_tiles(from.keys, width, key, count, rows, padded);
+            fetch(from.values, width, key, count);
             multiply_bfloat16({keys, stride, kTileRows * stride}, {pairs_of_channels, kLanes, 0}, width / kTileK,
                            {scores, kLanes, kTileRows * kLanes}, rows / kTileRows, false);
+            fetch(from.keys, width, key + kChunk, std::min(kChunk, last - key - kChunk));
             const Floats shrink = softmax.add(scores, key, count);
             std::fill(scores + count * kLanes, scores + kChunk * kLanes, 0.0f);
             const int steps = (count + kTileK - 1) / kTileK;
@@ -206,6 +208,12 @@ class TileAttention {
     }
 
   private:
+    // Asks for rows of the cache that are wanted soon, while there is still something else to compute.
+    static void fetch(const void* from, int width, int key, int count) {
+        const char* start = static_cast<const char*>(from) + static_cast<size_t>(key) * width * sizeof(uint16_t);
+        for (int at = 0; at < count * width * static_cast<int>(sizeof(uint16_t)); at += 64) __builtin_prefetch(start + at, 0, 2);
+    }
+
     // Rows of the cache, or a copy with zeros behind them where fewer than whole tiles are filled.
     static const uint16_t* whole_tiles(const void* from, int width, int key, int count, int rows, uint16_t* memory) {
         const uint16_t* start = static_cast<const uint16_t*>(from) + static_cast<size_t>(key) * width;

@@ -31,22 +31,28 @@ using TilesA = Tiles<const uint16_t>;
 using TilesB = Tiles<const uint32_t>;
 using TilesTo = Tiles<float>;
 
-// One product, over `steps` tiles along k.
+constexpr int kHalfRows = kTileRows / 2;  // whose addresses fit into the CPU's registers
+
+// Half a product, over `steps` tiles along k.
 inline void multiply_pairs(const uint16_t* a, size_t a_stride, const uint32_t* b, size_t b_stride, int steps, float* to, size_t to_stride, bool adds) {
-    __m512 sums[kTileRows];
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) sums[i] = adds ? _mm512_loadu_ps(to + i * to_stride) : _mm512_setzero_ps();
+    __m512 sums[kHalfRows];
+    const char* rows[kHalfRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalfRows; ++i) {
+        rows[i] = reinterpret_cast<const char*>(a + i * a_stride);
+        sums[i] = adds ? _mm512_loadu_ps(to + i * to_stride) : _mm512_setzero_ps();
+    }
     for (int k = 0; k < steps * kTileK / 2; ++k) {
         const __m512i columns = _mm512_loadu_si512(b + k * b_stride);
-#pragma GCC unroll 16
-        for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kHalfRows; ++i) {
             int32_t pair;
-            std::memcpy(&pair, a + i * a_stride + 2 * k, sizeof pair);
+            std::memcpy(&pair, rows[i] + 4 * k, sizeof pair);
             sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)_mm512_set1_epi32(pair), (__m512bh)columns);
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) _mm512_storeu_ps(to + i * to_stride, sums[i]);
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalfRows; ++i) _mm512_storeu_ps(to + i * to_stride, sums[i]);
 }
 
 #if defined(__AMX_INT8__) || defined(GLM_EMULATE_TILES)
@@ -86,7 +92,10 @@ inline void multiply_bfloat16(const TilesA& a, const TilesB& b, int steps, const
     }
 #endif
     for (; i < count; ++i) {
-        multiply_pairs(a.first + i * a.next, a.stride, b.first + i * b.next, b.stride, steps, to.first + i * to.next, to.stride, adds);
+        for (size_t row = 0; row < kTileRows; row += kHalfRows) {
+            multiply_pairs(a.first + i * a.next + row * a.stride, a.stride, b.first + i * b.next, b.stride, steps,
+                           to.first + i * to.next + row * to.stride, to.stride, adds);
+        }
     }
 }
 
