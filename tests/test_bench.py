@@ -321,6 +321,11 @@ def test_checkpoint_and_generate(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (Request(presets=("glm-nano",), baseline="llama"), "llama"),
         (Request(presets=("glm-nano",), context=(0,)), "--context 0"),
         (Request(presets=("glm-nano",), repeats=0), "--repeats 0"),
+        (Request(checkpoint=Path("nothing")), "nothing"),
+        (Request(checkpoint=Path("glm-nano"), schemes=("int3",)), "--scheme int3"),
+        (Request(checkpoint=Path("glm-nano"), layers=2), "--layers 2 beside --checkpoint"),
+        (Request(checkpoint=Path("glm-nano"), baseline="bf16"), "--baseline bf16 beside --checkpoint"),
+        (Request(checkpoint=Path("glm-nano"), output_layer="int8"), "--output-layer int8 beside --checkpoint"),
     ],
 )
 def test_wrong_settings(request_: Request, words: str) -> None:

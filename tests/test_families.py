@@ -284,7 +284,7 @@ def test_eager_is_sdpa(made: Made) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.01), ("bfloat16", 0.1)])
 def test_half_precision_is_near(made: Made, dtype: str, tolerance: float) -> None:
     """The tolerances are three times what rounding was seen to do, as a share of the logits' norm."""
-    half = glmkit.load(made.folder, dtype=dtype)
+    half = glmkit.load(made.folder, dtype=dtype, kernels="torch")  # native steps round less, so near ties may differ
     for text in made.family.texts:
         ids = prompt(half.tokenizer, text)
         expected = logits(made.loaded.model, [ids])

@@ -25,7 +25,7 @@ from glmkit.engine.sampling import SamplingOptions
 from glmkit.kernels import build
 from glmkit.kernels.decoder import MOST_TOKENS
 from glmkit.kernels.levels import LEVELS, VARIABLE, compiler_flags, possible_levels
-from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
+from glmkit.models.chatglm2 import MLP, ChatGLM2ForCausalLM
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.quant.linear import QuantizedLinear, pack_model, pack_nibbles
 from glmkit.quant.official import quantize_model
@@ -408,6 +408,34 @@ def _eager(model: Any) -> None:
     model.config._attn_implementation = "eager"
 
 
+def _own_part(model: Any) -> None:
+    class Silent(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros_like(x)
+
+    model.transformer.encoder.layers[1].mlp = Silent(model.config)
+
+
+def _own_attention(model: Any) -> None:
+    model.transformer.encoder.layers[1].self_attention.attend = lambda q, k, v, mask: q
+
+
+def _cut_block(model: Any) -> None:
+    del model.transformer.encoder.layers[1]
+
+
+def _longer_output(model: Any) -> None:
+    model.transformer.output_layer.weight = nn.Parameter(torch.randn(2 * VOCABULARY, 64))
+
+
+def _wider_embedding(model: Any) -> None:
+    model.transformer.embedding.word_embeddings.weight = nn.Parameter(torch.randn(VOCABULARY, 96))
+
+
+def _other_eps(model: Any) -> None:
+    model.transformer.encoder.layers[1].input_layernorm.eps = 0.1
+
+
 def _quantise_without_packing(model: Any) -> None:
     quantize_model(model, 8)
 
@@ -421,6 +449,12 @@ OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "meta": (lambda model: model.to("meta"), "no plain tensor"),
     "float64": (lambda model: model.double(), "no linear layer"),
     "not packed": (_quantise_without_packing, "QuantizedLinear of block 0"),
+    "own part": (_own_part, "a Silent stands in the place of a MLP"),
+    "own attention": (_own_attention, "attention is not the usual one"),
+    "cut block": (_cut_block, "1 blocks, its config says 2"),
+    "longer output": (_longer_output, "output layer is of another kind"),
+    "wider embedding": (_wider_embedding, "not all of the width 64"),
+    "other eps": (_other_eps, "differ in eps"),
 }
 
 
@@ -432,6 +466,16 @@ def test_what_stands_beside_the_plain_network_is_left_to_the_model(best: str, na
     change(model)
     assert reason in str(why_not(model))
     assert runner_for(model) is None
+
+
+def test_a_hook_for_all_modules_is_called(best: str) -> None:
+    model = tiny()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert "for all modules" in str(why_not(model))
+    finally:
+        handle.remove()
+    assert why_not(model) is None
 
 
 def test_other_caches_masks_and_wrong_ids_are_left_to_the_model(best: str) -> None:
@@ -460,6 +504,10 @@ def test_positions_are_those_that_were_asked_for(best: str) -> None:
     for positions in (torch.tensor([[7, 3, 3, 0, 1]]), torch.tensor([[100_000, 1, 2, 3, 4]])):
         found = runner_of(model)(ids, cache=new_cache(model, 1, 5), position_ids=positions, keep=5)
         assert off_by(found, forward(model, ids, position_ids=positions)) < EXACT
+        narrow = runner_of(model)(
+            ids.to(torch.int32), cache=new_cache(model, 1, 5), position_ids=positions.to(torch.int32), keep=5
+        )
+        assert torch.equal(narrow, found)
 
 
 def test_weights_that_change_are_noticed(best: str) -> None:
@@ -476,6 +524,24 @@ def test_weights_that_change_are_noticed(best: str) -> None:
     assert off_by(runner(ids[:, 3:], cache=cache, keep=3), wanted[:, 3:]) < 0.03
     model.config.rope_ratio, model.config.rope_ratio_applies_to = 8, "position"
     assert off_by(runner_of(model)(ids, cache=new_cache(model, 1, 6), keep=6), forward(model, ids)) < EXACT
+
+
+def test_what_a_step_reads_is_not_freed_before_it_is_over(best: str) -> None:
+    """Weights that are replaced between two steps, and rotary tables that another thread makes longer."""
+    model, ids = tiny(), random_ids(1, 6)
+    wanted = forward(model, ids)
+    runner, cache = runner_of(model), new_cache(model, 1, 6)
+    runner(ids[:, :3], cache=cache)
+    layer = model.transformer.encoder.layers[1].mlp.dense_h_to_4h
+    replaced = weakref.ref(layer.weight.untyped_storage())
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    read = runner._step.cosines
+    runner._network.reach(model, 5000)
+    gc.collect()
+    assert replaced() is not None
+    assert any(kept is not None and kept.data_ptr() == read for kept in runner._held)
+    assert off_by(runner(ids[:, 3:], cache=cache, keep=3), wanted[:, 3:]) < EXACT
+    assert runner._step.angles >= 5000
 
 
 def test_adapters_run_by_the_model_and_the_base_beside_them_natively(best: str) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from glmkit.cli import run
 from glmkit.errors import TrainingError, UsageError
+from glmkit.export.quantized import quantize
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.train.arguments import Recipe
@@ -223,6 +224,15 @@ def test_the_documented_table_is_what_is_counted() -> None:
                 assert row[2:5] == [
                     f"{plans[f'{kind}, {form}'].peak / 1e9:.1f}" for form in ("float16", "int8", "int4")
                 ]
+
+
+def test_a_quantised_folder_is_planned_in_its_own_format(tmp_path: Path) -> None:
+    for scheme in ("int8", "int4"):
+        quantize("glm-nano", tmp_path / scheme, scheme)
+        plans = model_plans(str(tmp_path / scheme), tokens=64)
+        assert list(plans) == [f"{method}, {scheme}" for method in ("answer", "ptuning_v2", "lora")]
+    assert next(iter(model_plans("chatglm2-6b-int4", tokens=64))) == "answer, official-int4"
+    assert "full, float16" in model_plans("glm-nano", tokens=64)
 
 
 def test_documented_expectations_are_near_what_was_measured() -> None:

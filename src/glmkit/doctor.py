@@ -41,8 +41,8 @@ def diagnose() -> dict[str, Any]:
         "cpu": cpu(),
         "torch_threads": torch.get_num_threads(),
         "openmp": _openmp_runtimes(),
-        "memory_bytes": {"total": _memory_bytes("MemTotal"), "available": _memory_bytes("MemAvailable")},
-        "huge_pages": _chosen(_SYSTEM / _HUGE_PAGES),
+        "memory_bytes": {"total": memory_bytes("MemTotal"), "available": memory_bytes("MemAvailable")},
+        "huge_pages": huge_pages(),
         "numa_nodes": max(1, len(list(_SYSTEM.glob("devices/system/node/node[0-9]*")))),
         "devices": _devices(),
         "kernels": kernels,
@@ -69,6 +69,26 @@ def cpu() -> dict[str, Any]:
         "hardware_threads": len(usable),
         "quota": int(limit[0]) / int(limit[1]) if len(limit) == 2 and limit[0] != "max" else None,
     }
+
+
+def memory_bytes(name: str) -> int | None:
+    """A size that the system states about its memory.
+
+    Args:
+        name: As in /proc/meminfo: "MemTotal", "MemAvailable" …
+
+    Returns:
+        Bytes; None where the system does not say it.
+    """
+    for line in _lines(_PROCESSES / "meminfo"):
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def huge_pages() -> str | None:
+    """When Linux gives pages of 2 MiB: "always", "madvise" or "never"; None where that is not known."""
+    return _text(_SYSTEM / _HUGE_PAGES).partition("[")[2].partition("]")[0] or None
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -175,18 +195,6 @@ def _openmp_runtimes() -> list[str]:
     return sorted(
         name for name in names if name.startswith(("libgomp.", "libomp.", "libiomp5."))
     )  # no wheel's own copy
-
-
-def _memory_bytes(name: str) -> int | None:
-    for line in _lines(_PROCESSES / "meminfo"):
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _chosen(path: Path) -> str | None:
-    """The value in square brackets of one of the kernel's settings."""
-    return _text(path).partition("[")[2].partition("]")[0] or None
 
 
 def _lines(path: Path) -> list[str]:

@@ -760,23 +760,26 @@ def merge(
 def quantize(
     source: Annotated[str, typer.Argument(help="Folder, model name or hub id.", metavar="SRC")],
     target: Annotated[str, typer.Argument(help="Folder to make.", metavar="DST")],
-    scheme: Annotated[str, typer.Option("--scheme", "-s", help="int8 or int4.")],
-    output_layer: Annotated[str, typer.Option("--output-layer", help="keep, or int8.")] = "keep",
+    scheme: Annotated[str, typer.Option("--scheme", "-s", help="int8, or the smaller int4.")],
+    output_layer: Annotated[str, typer.Option("--output-layer", help="keep its numbers, or int8.")] = "keep",
     calibration: Annotated[
         str | None, typer.Option("--calibration", help="int4: a text by which weights are chosen (GPTQ). Slower.")
     ] = None,
     family: FamilyName = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", "--force", help="Replace DST if it exists.")] = False,
+    yes: Yes = False,
     json_: Json = False,
 ) -> int:
     """Quantises; the result appears only when it is complete and read again."""
     from dataclasses import asdict
 
     from glmkit.export.quantized import quantize as run
+    from glmkit.location import locate
 
     def show(done: int, of: int) -> None:
         print(f"\r{done} of {of} layers", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
+    locate(source, download=yes)
     made = run(source, target, scheme, output_layer=None if output_layer == "keep" else output_layer,
                calibration=calibration, family=family, overwrite=overwrite,
                progress=show if sys.stderr.isatty() else None)  # fmt: skip
@@ -788,7 +791,8 @@ def quantize(
     sizes = f"{in_units(made.bytes_before)} -> {in_units(made.bytes_after)}"
     logits = "" if made.logits_error is None else f", logits of a test prompt by {made.logits_error:.1%}"
     print(f"{target}: {sizes}, {made.layers} layers in {made.scheme}, {made.seconds:.0f} s")
-    print(f"weights differ by {made.weight_error:.1%} of their size{logits}")
+    kept = "" if calibration is None else " (GPTQ keeps what layers compute, not the weights)"
+    print(f"weights differ by {made.weight_error:.1%} of their size{kept}{logits}")
     print(f"next: glm chat {target}")
     return 0
 
@@ -922,13 +926,16 @@ def plan(
 @_verb("Measure speed and memory of models at their real shapes, with random weights.")
 def bench(
     presets: Annotated[
-        list[str] | None, typer.Argument(help="chatglm3-6b and the like, measured by turns.", metavar="[MODEL]...")
+        list[str] | None,
+        typer.Argument(help="chatglm3-6b (if none is named), glm-nano ...: measured by turns.", metavar="[MODEL]..."),
     ] = None,
     checkpoint: Annotated[str | None, typer.Option("--checkpoint", help="A folder instead of random weights.")] = None,
     layers: Annotated[int | None, typer.Option("--layers", help="A slice of so many blocks; all by default.")] = None,
     scheme: Annotated[
         str | None,
-        typer.Option("--scheme", help="bf16, float32, int8, int4, official-int8 or -int4; several with commas."),
+        typer.Option(
+            "--scheme", help="int4 by default; or bf16, float32, int8, official-int8, -int4; several with commas."
+        ),
     ] = None,
     output_layer: Annotated[str, typer.Option("--output-layer", help="keep, or int8.")] = "keep",
     batch: Annotated[str, typer.Option("--batch", help="Rows of decoding.")] = "1",
@@ -940,7 +947,9 @@ def bench(
         str | None,
         typer.Option("--baseline", help="The official way in bf16, official-int8 or -int4; or transformers' generate."),
     ] = None,
-    json_: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Add the records to a file.")] = None,
+    json_: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Add the records to a file, a line each.")
+    ] = None,
 ) -> int:
     """Measures; the table goes to standard output, what happens to standard error."""
     from glmkit.bench.run import Request

@@ -53,7 +53,10 @@ def write_folder(dst: str | os.PathLike[str], overwrite: bool = False) -> Iterat
     if target.exists() and not target.is_dir():
         raise OutputError(f"{shown_path(target)} is a file, expected a folder or nothing")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise OutputError(f"{shown_path(target)} exists and is not empty", hint="choose another name, or overwrite it")
+        raise OutputError(
+            f"{shown_path(target)} exists and is not empty",
+            hint="choose another name, or --overwrite (in Python overwrite=True)",
+        )
     temporary = make_folder_beside(target)
     try:
         yield temporary

@@ -6,18 +6,17 @@ Measured in the same run as everything else, because such machines drift by a th
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glmkit import doctor
 from glmkit.kernels.build import library, status
 
 _BUFFER_BYTES = 2**30  # no cache holds it
@@ -66,12 +65,13 @@ def description() -> dict[str, Any]:
     Returns:
         Plain values ready for JSON.
     """
-    native = status()
+    native, processor = status(), doctor.cpu()
     return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
-        "huge_pages": _chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "cpu": processor["name"],
+        "cores": processor["cores"],
+        "hardware_threads": processor["hardware_threads"],
+        "memory_bytes": doctor.memory_bytes("MemTotal"),
+        "huge_pages": doctor.huge_pages(),
         "threads": torch.get_num_threads(),
         "kernels": native.level,
         "features": list(native.features),
@@ -200,33 +200,3 @@ def _int8_product(size: int) -> Way:
         return 2.0 * size**3
 
     return multiply
-
-
-# --- names ---
-
-
-def _cpu_name() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _chosen(path: str) -> str | None:
-    """The value in square brackets of a file of the kernel's settings."""
-    text = " ".join(_lines(path))
-    return text.partition("[")[2].partition("]")[0] or None
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

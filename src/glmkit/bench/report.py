@@ -171,6 +171,7 @@ def number(value: float) -> str:
 
 
 def percent(value: float | None) -> str:
+    """A share in whole percent; nothing for None."""
     return "" if value is None else f"{100 * value:.0f} %"
 
 

@@ -17,6 +17,7 @@ from glmkit.bench.subjects import Generate, Official, Ours, Subject
 from glmkit.bench.work import cache_bytes, prompt_operations, step_operations, weight_bytes
 from glmkit.errors import UsageError
 from glmkit.loading import load
+from glmkit.location import locate
 from glmkit.quant.schemes import FORMS
 
 BASELINES = ("bf16", *OFFICIAL_BITS, "generate")
@@ -135,8 +136,10 @@ def _check(request: Request) -> None:
     if request.checkpoint is None:
         for name in request.presets:
             preset(name, request.layers)
-        for scheme in request.schemes:
-            check_scheme(scheme, request.output_layer)
+    else:
+        _check_checkpoint(request, request.checkpoint)
+    for scheme in request.schemes or ("int4",):
+        check_scheme(scheme, request.output_layer)
     if request.baseline is not None and request.baseline not in BASELINES:
         raise UsageError(f"--baseline {request.baseline}", hint=f"one of {', '.join(BASELINES)}")
     for name in ("batch", "context", "prompt"):
@@ -146,6 +149,19 @@ def _check(request: Request) -> None:
     for name in ("tokens", "repeats"):
         if getattr(request, name) < 1:
             raise UsageError(f"--{name} {getattr(request, name)}: expected 1 or more")
+
+
+def _check_checkpoint(request: Request, checkpoint: Path) -> None:
+    """A folder is measured as it is loaded: what random weights may have, it cannot have."""
+    locate(checkpoint)
+    official = None if request.baseline == "generate" else request.baseline
+    for flag, value in (("--layers", request.layers), ("--baseline", official)):
+        if value is not None:
+            raise UsageError(f"{flag} {value} beside --checkpoint", hint="leave one of them out")
+    if request.output_layer != "keep":
+        raise UsageError(
+            f"--output-layer {request.output_layer} beside --checkpoint", hint="glm quantize writes a folder with it"
+        )
 
 
 # --- models ---

@@ -53,8 +53,9 @@ class Runner:
     """
 
     def __init__(self, model: Any, network: Network) -> None:
-        self._model, self._network = model, network
+        self._model = model
         self._base: Any = base_of(model)
+        self._take(network)
         self._adapters = getattr(model, "glm_adapters", None)
         library = native.functions()
         assert library is not None
@@ -63,6 +64,11 @@ class Runner:
         self._address = ctypes.addressof(self._step)
         self._buffers: list[Tensor] = []  # keys of each layer, whose addresses the step has
         self._held: tuple[Tensor | None, ...] = ()
+
+    def _take(self, network: Network) -> None:
+        """Keeps the weights as well: whoever replaces one between two steps must not free what is read here."""
+        self._network = network
+        self._weights = [parameter.detach() for parameter in self._base.parameters()]
 
     @torch.inference_mode()
     def __call__(
@@ -108,7 +114,7 @@ class Runner:
             network = network_of(self._base)
             if network is None:
                 return False
-            self._network = network
+            self._take(network)
         first = cache.layers[0]
         filled = first.filled_tokens
         if attention_mask is not None and attention_mask.shape != (ids.shape[0], filled + ids.shape[1]):
@@ -139,19 +145,19 @@ class Runner:
         rows, tokens = ids.shape
         filled = cache.layers[0].filled_tokens
         self._make_room(cache, tokens)
-        network.reach(self._base, filled + tokens)
-        ids = ids.contiguous()
+        cosines, sines = network.reach(self._base, filled + tokens)
+        ids = ids.to(torch.int64).contiguous()
         if attention_mask is not None:
             attention_mask = attention_mask.to(torch.int64).contiguous()
         if position_ids is not None:
-            position_ids = position_ids.expand(rows, tokens).contiguous()
-        self._held = (ids, attention_mask, position_ids)  # until the call is over
+            position_ids = position_ids.to(torch.int64).expand(rows, tokens).contiguous()
+        self._held = (ids, attention_mask, position_ids, cosines, sines)  # until the call is over
         step.rows, step.tokens, step.filled = rows, tokens, filled
         step.ids = ids.data_ptr()
         step.mask = None if attention_mask is None else attention_mask.data_ptr()
         step.positions = None if position_ids is None else position_ids.data_ptr()
-        step.angles = len(network.cosines)
-        step.cosines, step.sines = network.cosines.data_ptr(), network.sines.data_ptr()
+        step.angles = len(cosines)
+        step.cosines, step.sines = cosines.data_ptr(), sines.data_ptr()
         step.hidden = step.queries = step.context = None
 
     def _make_room(self, cache: BufferCache, tokens: int) -> None:

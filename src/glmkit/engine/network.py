@@ -67,7 +67,7 @@ def _obstacle(model: ChatGLM2ForCausalLM) -> str | None:
         return f"its attention is {model.config._attn_implementation}"
     if model.config.pre_seq_len or getattr(model.transformer, "prefix_encoder", None) is not None:
         return "it has a prefix"
-    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    if nn.modules.module._has_any_global_hook():
         return "there is a hook for all modules"
     for name, module in model.named_modules():
         if _is_hooked(module):
@@ -95,15 +95,12 @@ def _other_part(model: ChatGLM2ForCausalLM) -> str | None:
     for part, kind in _parts(model.transformer):
         if type(part) is not kind:
             return f"a {type(part).__name__} stands in the place of a {kind.__name__}"
-    blocks, eps = model.transformer.encoder.layers, model.transformer.encoder.final_layernorm.eps
+    blocks = model.transformer.encoder.layers
     if len(blocks) != model.config.num_layers:
         return f"it has {len(blocks)} blocks, its config says {model.config.num_layers}"
-    for block in blocks:
-        if block.self_attention.attend is not attend:
-            return "its attention is not the usual one"
-        if block.input_layernorm.eps != eps or block.post_attention_layernorm.eps != eps:
-            return "its norms differ in eps"
-    return None
+    if any(block.self_attention.attend is not attend for block in blocks):
+        return "its attention is not the usual one"
+    return None if len({norm.eps for norm in _norms(model.transformer)}) == 1 else "its norms differ in eps"
 
 
 def _parts(network: Any) -> Iterator[tuple[Any, type]]:
@@ -140,10 +137,20 @@ def _wrong_sizes(model: ChatGLM2ForCausalLM) -> Iterator[str]:
                 yield f"a {type(layer).__name__} of block {index} is no linear layer that the native code takes"
             elif (layer.in_features, layer.out_features) != shape:
                 yield f"block {index} is a part of one"
-    if not _is_plain(network.output_layer) or type(network.embedding.word_embeddings) is not nn.Embedding:
-        yield "embedding or output layer is of another kind"
-    elif network.embedding.word_embeddings.weight.dtype not in DTYPES:
-        yield f"the embedding is {network.embedding.word_embeddings.weight.dtype}"
+    table, output = network.embedding.word_embeddings.weight, network.output_layer
+    if not _is_plain(output):
+        yield "the output layer is of another kind"
+    elif {table.shape[1], output.in_features, *(len(norm.weight) for norm in _norms(network))} != {config.hidden_size}:
+        yield f"embedding, norms and output layer are not all of the width {config.hidden_size}"
+    elif table.dtype not in DTYPES:
+        yield f"the embedding is {table.dtype}"
+
+
+def _norms(network: Any) -> list[Any]:
+    norms = [network.encoder.final_layernorm]
+    for block in network.encoder.layers:
+        norms += [block.input_layernorm, block.post_attention_layernorm]
+    return norms
 
 
 def _linears(block: Any) -> tuple[Any, Any, Any, Any]:
@@ -154,7 +161,10 @@ def _linears(block: Any) -> tuple[Any, Any, Any, Any]:
 def _is_plain(layer: Any) -> bool:
     if type(layer) is QuantizedLinear:
         return layer.packed
-    return type(layer) is nn.Linear and layer.weight.dtype in DTYPES
+    if type(layer) is not nn.Linear or layer.weight.dtype not in DTYPES:
+        return False
+    shape: torch.Size = layer.weight.shape
+    return shape == (layer.out_features, layer.in_features)  # or somebody has put in another weight
 
 
 class Network:
@@ -206,7 +216,7 @@ class Network:
         self.decoder.bytes = self.weight_bytes
         self.address = ctypes.addressof(self.decoder)
         self.ends = (table.data_ptr(), network.output_layer.weight.data_ptr())
-        self.cosines, self.sines = self._angles(model, _FIRST_ANGLES)
+        self.angles = self._angles(model, _FIRST_ANGLES)
 
     def _floats(self, parameter: nn.Parameter) -> int:
         own = parameter.detach()
@@ -236,10 +246,15 @@ class Network:
             network.output_layer.weight.data_ptr(),
         )
 
-    def reach(self, model: Any, positions: int) -> None:
-        """Makes the rotary tables long enough for so many positions."""
-        if positions > len(self.cosines):
-            self.cosines, self.sines = self._angles(model, max(positions, 2 * len(self.cosines)))
+    def reach(self, model: Any, positions: int) -> tuple[Tensor, Tensor]:
+        """The rotary tables, made longer where so many positions need it.
+
+        Who reads them natively keeps them meanwhile: another thread may put longer ones in their place.
+        """
+        angles = self.angles
+        if positions > len(angles[0]):
+            angles = self.angles = self._angles(model, max(positions, 2 * len(angles[0])))
+        return angles
 
     def _angles(self, model: Any, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions 0, 1, ..., (positions, R/2) float32: what the model's own `rotary` gives."""

@@ -128,7 +128,10 @@ def to_native(
         if scheme_of(config) is not None:
             refused.append("quantization_config")
         if refused:
-            raise ConfigError(f"{folder.path} has {', '.join(refused)}, which transformers' `glm` does not have")
+            raise ConfigError(
+                f"{folder.path} has {', '.join(refused)}, which transformers' `glm` does not have",
+                hint="convert the checkpoint that it was quantised from" if "quantization" in str(refused) else None,
+            )
         check_model(folder, model := _meta_model(config))
         stored = {official: info for info, official in own_names(folder, model).items()}
         plan = {

@@ -104,9 +104,11 @@ def quantize(
         OutputError: The folder cannot be written, or is not what was written.
     """
     if scheme not in FORMS:
-        raise UsageError(f"scheme={scheme!r}", hint=f"{' or '.join(FORMS)}")
+        raise UsageError(
+            f"scheme={scheme!r}: expected {' or '.join(FORMS)}", hint="int4 is the smaller, int8 the closer"
+        )
     if output_layer not in (None, "int8"):
-        raise UsageError(f"output_layer={output_layer!r}", hint="None or 'int8'")
+        raise UsageError(f"output_layer={output_layer!r}: expected None or 'int8'", hint="--output-layer keep or int8")
     if calibration is not None and scheme != "int4":
         raise UsageError(f"calibration is for int4: {scheme} loses nothing that it could win back", hint="leave it out")
     text = None if calibration is None else _read_text(calibration)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from glmkit.errors import TrainingError, UsageError
-from glmkit.train.arguments import Recipe
+from glmkit.train.arguments import ModelBlock, Recipe
 from glmkit.train.plan import Batch, Plan, Subject, largest_batch, place_of, plan_inference, plan_training, subject_of
 
 MOST_SHARE = 0.95  # of the free memory that a run may need
@@ -185,7 +185,9 @@ def memory_bytes(text: str) -> int:
 
 
 def model_plans(name: str, *, tokens: int = 2048, rows: int = 1) -> dict[str, Plan]:
-    """Plans a model in three weight formats: to answer, and to be tuned with the official scripts' lengths.
+    """Plans a model to answer, and to be tuned with the official scripts' lengths, in three weight formats.
+
+    A folder that is quantised has one format, its own, and not all of its parameters can be tuned.
 
     Args:
         name: A folder, or the name of a model that need not be on this machine.
@@ -200,9 +202,12 @@ def model_plans(name: str, *, tokens: int = 2048, rows: int = 1) -> dict[str, Pl
     """
     plans: dict[str, Plan] = {}
     formats = {"float16": None, "int8": "official-int8", "int4": "official-int4"}
+    stored = subject_of(ModelBlock(path=name, dtype="float16", device="cuda"))
+    if stored.scheme is not None or stored.bits:
+        formats = {stored.scheme.name if stored.scheme is not None else f"official-int{stored.bits}": None}
     for method in ("answer", "ptuning_v2", "lora", "full"):
         for label, quantize in formats.items():
-            if method == "full" and quantize:
+            if method == "full" and label != "float16":
                 continue
             recipe = Recipe(
                 model={"path": name, "quantize": quantize, "dtype": "float16", "device": "cuda"},
