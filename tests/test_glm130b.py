@@ -27,8 +27,8 @@ from glmkit.errors import ConfigError, DataError, UsageError
 from glmkit.models.glm130b import GLM130BForCausalLM
 from glmkit.models.glm130b_config import GLM130BConfig, config_from_tensors
 from glmkit.models.partition import merge, partition_of
-from glmkit.quant.memory import memory_per_device
 from glmkit.quant.linear import dequantize
+from glmkit.quant.memory import memory_per_device
 from glmkit.quant.official import quantize_model
 
 ATOL = 3e-4  # the official code in float32 is 3e-5 from a float64 run

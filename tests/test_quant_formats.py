@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import glmkit
 import official
 from glmkit import cli
+from glmkit.data.calibration import calibration_batches
 from glmkit.engine.layout import layout_for
 from glmkit.errors import CheckpointError, ConfigError, OutputError, UsageError
 from glmkit.export import convert
@@ -550,7 +551,7 @@ def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert 0.001 < found["weight_error"] < 0.01
     assert run(str(folder), str(tmp_path / "no"), "--scheme", "int5") == 2
     assert run(str(folder), str(tmp_path / "no"), "--scheme", "int4", "--output-layer", "int4") == 2
-    assert run(str(folder), str(tmp_path / "no"), "--scheme", "int4", "--calibration", str(tmp_path / "none")) == 2
+    assert run(str(folder), str(tmp_path / "no"), "--scheme", "int4", "--calibration", str(tmp_path / "none")) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
@@ -601,12 +602,35 @@ def test_in_shards(folder: Path, written: dict[str, Path], tmp_path: Path, monke
     assert_same_state(glmkit.load(tmp_path / "q", kernels="torch").model, same)
 
 
+def test_the_official_ways_pack_large_models(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small model stays exact; from some size on `quantize` and `from_pretrained` lead to native code too."""
+    model = glmkit.load(folder, dtype="bfloat16").model.quantize(4)
+    assert not model.get_submodule(QKV).packed
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("glmkit.quant.linear._LARGE_BYTES", 1)
+    native = build.status().path is not None
+    assert glmkit.load(folder, dtype="bfloat16").model.quantize(4).get_submodule(QKV).packed == native
+    assert not glmkit.load(folder, dtype="bfloat16", kernels="torch").model.quantize(4).get_submodule(QKV).packed
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.get_submodule(QKV).packed == native
+    assert_same_state(loaded, model)
+
+
+def test_without_a_dtype_our_formats_are_packed(folder: Path) -> None:
+    native = build.status().path is not None
+    left_open = glmkit.load(folder, quantize="int4").model
+    assert left_open.get_submodule(QKV).packed == native
+    assert not glmkit.load(folder, quantize="int4", dtype="float32").model.get_submodule(QKV).packed
+
+
 def test_calibrated(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("今天天气很好。hello world, 你好。\n" * 300)
     made = quantize(folder, tmp_path / "q", "int4", calibration=text)
     model = glmkit.load(tmp_path / "q", kernels="torch").model
-    assert scheme_of(model.config) == Scheme("int4", None, {"how": "gptq", "characters": 7_200})
+    tokens = sum(ids.numel() for ids in calibration_batches(glmkit.load(folder).tokenizer, text))
+    assert tokens > 1_000
+    assert scheme_of(model.config) == Scheme("int4", None, {"how": "gptq", "tokens": tokens})
     searched = glmkit.load(folder, quantize="int4", kernels="torch").model
     assert not torch.equal(model.get_submodule(QKV).weight, searched.get_submodule(QKV).weight)
     assert made.weight_error < 0.5

@@ -29,7 +29,7 @@ from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
 from glmkit.quant.bitsandbytes import BITS, bitsandbytes
-from glmkit.quant.linear import pack_model
+from glmkit.quant.linear import pack_large_model, pack_model
 from glmkit.quant.schemes import scheme_of
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import is_model_parallel, open_model_parallel
@@ -197,7 +197,8 @@ def load(
             row-wise; "bnb-int8" or "bnb-nf4" of bitsandbytes, if it is installed. Done while loading.
         kernels: What multiplies quantised weights on a CPU. "auto": native code, where there is any and the model
             computes in 16 bit; it rounds activations to int8 in groups of 32, so that float32, which means exact, stays
-            with torch. "native": also in float32. "torch": never, as training wants it.
+            with torch, but for our formats without a dtype. "native": also in float32. "torch": never, as training
+            wants it.
         config: Fields of config.json that the folder does not have. The original model-parallel checkpoints have none
             and do not say the number of heads, which is known for released sizes only: {"num_attention_heads": 16}.
         adapter_config: Fields of adapter_config.json that an adapter's folder does not have: {"lora_alpha": 16}.
@@ -240,7 +241,8 @@ def load(
             target,
             quantize=bits,
         )
-        pack_model(model, kernels)
+        # Who names float32 wants exact products; who names no dtype wants what is fast, and our formats round more.
+        pack_model(model, kernels, any_dtype=dtype == "auto" and scheme_of(model.config) is not None)
         own = Adapters(model) if paths else None
         if own is not None:
             for name, one in learnt.items():
@@ -603,7 +605,9 @@ def _load_quantised(folder: Folder, cls: Any, config: CheckedConfig, kwargs: dic
     dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
     if dtype in (None, "auto"):
         dtype = config.dtype or torch.float16
-    return load_model(folder, cls, config, choose_dtype(dtype, folder, target), target)
+    model = load_model(folder, cls, config, choose_dtype(dtype, folder, target), target)
+    pack_large_model(model)
+    return model
 
 
 __all__ = [

@@ -25,6 +25,7 @@ from glmkit.models.glm130b import GLM130BForCausalLM, GLM130BPreTrainedModel
 from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
 from glmkit.models.glm_network import GLMModel, GLMPreTrainedModel
+from glmkit.quant.linear import pack_large_model
 from glmkit.quant.official import quantize_model
 
 # Config class -> the class that writes text. Every other class of a family hangs on the Auto classes below.
@@ -104,6 +105,7 @@ def _quantize(self: Any, bits: int, quantize_embeddings: bool = False, *_: Any, 
     """`model.quantize(4)` or `(8)`: the official row-wise format. Further official arguments are moot."""
     first = isinstance(self, ChatGLMPreTrainedModel)  # the second argument of the later ones names a device
     quantised = quantize_model(self, bits, embeddings=bool(quantize_embeddings) if first else False)
+    pack_large_model(quantised)
     if getattr(self, "glm_adapters", None) is not None:
         self.glm_adapters.attach()  # the layers are others now
     return quantised

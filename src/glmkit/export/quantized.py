@@ -16,11 +16,13 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from glmkit.checkpoint import Folder, shown_path
+from glmkit.data.calibration import calibration_batches
 from glmkit.engine.probe import probe_logits
 from glmkit.errors import CheckpointError, OutputError, UsageError
 from glmkit.export.merge import CARRIED, completed_config
@@ -36,7 +38,6 @@ from glmkit.writing import save_tensors, write_folder, write_text_atomic
 
 _SHARD_BYTES = 1 << 30  # what waits in memory for its turn
 _COMPARED_BYTES = 2 * 10**9  # up to here source and result are loaded whole, and their logits compared
-_PIECES, _PIECE_CHARACTERS = 192, 512  # of a calibration text: some ten thousand tokens
 _ROWS = 1024  # compared at a time
 
 Progress = Callable[[int, int], None]
@@ -111,7 +112,6 @@ def quantize(
         raise UsageError(f"output_layer={output_layer!r}: expected None or 'int8'", hint="--output-layer keep or int8")
     if calibration is not None and scheme != "int4":
         raise UsageError(f"calibration is for int4: {scheme} loses nothing that it could win back", hint="leave it out")
-    text = None if calibration is None else _read_text(calibration)
     began = time.monotonic()
     register()
     location = locate(source)
@@ -120,14 +120,17 @@ def quantize(
         _refuse_quantised(folder, config)
         model = empty_model(LANGUAGE_MODELS[type(config)], config)
         check_model(folder, model)
-        made_by = {"how": "search"} if text is None else {"how": "gptq", "characters": sum(map(len, text))}
+        tokenizer = read_tokenizer(folder, config)
+        batches = _batches(tokenizer, calibration, location)
+        made_by: dict[str, Any] = {"how": "search"}
+        if batches is not None:
+            made_by = {"how": "gptq", "tokens": sum(ids.numel() for ids in batches)}
         chosen = Scheme(scheme, output_layer, made_by)
         plan = _Plan(folder, own_names(folder, model), layers_of(model, chosen), progress)
-        tokenizer = read_tokenizer(folder, config)
         _check_space(Path(target), plan.nbytes)
         with write_folder(target, overwrite) as new:
-            if text is not None:
-                plan.calibrate(location, text, family)
+            if batches is not None:
+                plan.calibrate(location, batches, family)
             save_tensors(new, plan.tensors, fetch=plan.fetch, max_shard_bytes=_SHARD_BYTES)
             _write_config(new, folder, config, chosen)
             for name in CARRIED:
@@ -153,18 +156,13 @@ def quantize(
     )
 
 
-def _read_text(path: str | Path) -> list[str]:
-    """Pieces of a calibration text, taken from all of it."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the calibration text {path} cannot be read: {error}", hint="a UTF-8 text file") from error
-    pieces = [text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS)]
-    pieces = [piece for piece in pieces if piece.strip()]
-    if not pieces:
-        raise UsageError(f"the calibration text {path} is empty", hint="some 100,000 characters do")
-    step = max(1, len(pieces) // _PIECES)
-    return pieces[::step][:_PIECES]
+def _batches(tokenizer: Any, calibration: str | Path | None, location: Path) -> list[Tensor] | None:
+    """Token ids of the calibration text, read before anything is written; None without one."""
+    if calibration is None:
+        return None
+    if tokenizer is None:
+        raise UsageError(f"{location} has no tokenizer, so no text can be read", hint="leave out the calibration")
+    return calibration_batches(tokenizer, Path(calibration).expanduser())
 
 
 def _refuse_quantised(folder: Folder, config: CheckedConfig) -> None:
@@ -238,16 +236,10 @@ class _Plan:
         """Distance of what was made from the source, relative to its norm."""
         return math.sqrt(self._error / self._norm) if self._norm else 0.0
 
-    def calibrate(self, location: Path, pieces: list[str], family: str | None) -> None:
+    def calibrate(self, location: Path, batches: list[Tensor], family: str | None) -> None:
         """Makes the blocks' layers beforehand, by what the model computes for some text."""
         loaded = load(location, kernels="torch", family=family)
-        if loaded.tokenizer is None:
-            raise UsageError(f"{location} has no tokenizer, so no text can be read", hint="leave out the calibration")
-        batches = [torch.tensor([loaded.tokenizer(piece)["input_ids"]]) for piece in pieces]
-        device = loaded.device
-        model = quantize_model_gptq(
-            loaded.model, [ids.to(device) for ids in batches if ids.numel()], progress=self.progress
-        )
+        model = quantize_model_gptq(loaded.model, [ids.to(loaded.device) for ids in batches], progress=self.progress)
         self.progress = None
         self._layers = {
             name: module.cpu() for name, module in model.named_modules() if isinstance(module, QuantizedLinear)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 _FEW_TOKENS = 32  # more are work enough to hide that torch's operator reads keys and values once for each head
 
+
 class RMSNorm(nn.Module):
     """Scales each vector to unit root mean square, then by a learned weight: `w * x / sqrt(mean(x^2) + eps)`.
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 GROUP = 32
 """Columns that share a scale in a format with groups."""
+_LARGE_BYTES = 10**9  # of a model that is packed without being asked
 
 
 def dequantize(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -209,12 +210,13 @@ class _FrozenProduct(torch.autograd.Function):
         return gradient @ ctx.layer.dequantize().to(gradient.dtype), None
 
 
-def pack_model(model: Any, kernels: str = "auto") -> int:
+def pack_model(model: Any, kernels: str = "auto", *, any_dtype: bool = False) -> int:
     """Packs a model's quantised layers for the native kernels, one after the other, so that nothing is there twice.
 
     Args:
         model: The model; it notes `kernels` as `glm_kernels`, for what computes with it.
         kernels: "auto": if it computes in bfloat16 or float16; "native": always; "torch": never.
+        any_dtype: "auto" packs a float32 model too.
 
     Returns:
         Number of layers that are packed now.
@@ -231,7 +233,8 @@ def pack_model(model: Any, kernels: str = "auto") -> int:
         for module in model.modules()
         if isinstance(module, QuantizedLinear) and module.weight.device.type == "cpu" and held[id(module.weight)] == 1
     ]
-    if kernels == "auto" and (not layers or _dtype(model) not in (torch.bfloat16, torch.float16)):
+    narrow = any_dtype or _dtype(model) in (torch.bfloat16, torch.float16)
+    if kernels == "auto" and not (layers and narrow):
         return 0
     from glmkit.kernels import build
     from glmkit.kernels import linear as native
@@ -249,6 +252,21 @@ def pack_model(model: Any, kernels: str = "auto") -> int:
         return_free_memory()
         return packed
     return 0
+
+
+def pack_large_model(model: Any) -> int:
+    """Like `pack_model`, for the official ways to a model, where nobody can say how exact it shall be.
+
+    From 1 GB on speed counts; smaller models are quick enough, and stay as exact as the official code.
+
+    Args:
+        model: The model, which keeps the choice of kernels that it was loaded with.
+
+    Returns:
+        Number of layers that are packed now.
+    """
+    nbytes = sum(tensor.nbytes for tensor in model.parameters())
+    return pack_model(model, getattr(model, "glm_kernels", "auto")) if nbytes >= _LARGE_BYTES else 0
 
 
 def return_free_memory() -> None:
