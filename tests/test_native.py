@@ -140,7 +140,7 @@ def native_only(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Runner:
     def refuse(*_: Any) -> None:
         raise AssertionError("left to the model")
 
-    monkeypatch.setattr(runner, "_by_model", refuse)
+    monkeypatch.setattr(runner, "_model", refuse)
     return runner
 
 

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,19 @@ class ShapedTensor(Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """What a tensor of a new folder will be, before it is made.
+
+    Args:
+        shape: The sizes of its dimensions.
+        dtype: The type of its numbers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @contextlib.contextmanager

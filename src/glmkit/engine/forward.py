@@ -8,7 +8,7 @@ from torch import Tensor
 
 from glmkit import hf
 from glmkit.engine.cache import LanguageModel
-from glmkit.engine.native import runner_for
+from glmkit.engine.native import logits_by_model, runner_for
 
 Forward = Callable[[Tensor, dict[str, Tensor], int], Tensor]
 """New tokens (B, T), what the layout says about them, and the number of last positions -> their logits (B, keep, V)."""
@@ -26,19 +26,8 @@ def forward_for(model: LanguageModel, cache: hf.Cache) -> Forward:
         not at every token.
     """
     runner = runner_for(model)
-
-    def by_model(ids: Tensor, layout: dict[str, Tensor], keep: int) -> Tensor:
-        output = model(
-            input_ids=ids,
-            attention_mask=layout.get("attention_mask"),
-            position_ids=layout.get("position_ids"),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        logits: Tensor = output.logits[:, -keep:]
-        return logits
-
     if runner is None:
-        return by_model
+        return lambda ids, layout, keep: logits_by_model(
+            model, ids, layout.get("attention_mask"), layout.get("position_ids"), cache, keep
+        )
     return lambda ids, layout, keep: runner(ids, **layout, cache=cache, keep=keep)

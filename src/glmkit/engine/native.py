@@ -21,8 +21,9 @@ from torch import Tensor
 from glmkit import hf
 from glmkit.adapters.switching import adapter_of
 from glmkit.engine.cache import BufferCache
-from glmkit.engine.network import DTYPES, Network, base_of, network_of, why_not
+from glmkit.engine.network import Network, base_of, network_of, why_not
 from glmkit.kernels import decoder as native
+from glmkit.kernels.linear import DTYPES
 from glmkit.models.layers import attend
 
 __all__ = ["Runner", "runner_for", "why_not"]
@@ -105,7 +106,7 @@ class Runner:
                     for layer in cache.layers:
                         layer.filled_tokens += tokens
                     return logits
-        return self._by_model(ids, attention_mask, position_ids, cache, keep)
+        return logits_by_model(self._model, ids, attention_mask, position_ids, cache, keep).float()
 
     def _is_native(self, ids: Tensor, attention_mask: Tensor | None, cache: hf.Cache) -> bool:
         if type(cache) is not BufferCache or (self._adapters is not None and adapter_of(self._model) is not None):
@@ -211,16 +212,30 @@ class Runner:
             raise MemoryError(f"no memory for a step of {self._step.rows} rows and {self._step.tokens} tokens")
         return bool(problem == native.FINE)
 
-    def _by_model(
-        self, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: hf.Cache, keep: int
-    ) -> Tensor:
-        output = self._model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        logits: Tensor = output.logits[:, -keep:].float()
-        return logits
+
+def logits_by_model(
+    model: Any, ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: hf.Cache, keep: int
+) -> Tensor:
+    """What the model itself gives for new tokens behind a cache.
+
+    Args:
+        model: The language model.
+        ids: As in `Runner`, like the others.
+        attention_mask: Also of any other form that the model takes.
+        position_ids: Likewise.
+        cache: Any that the model takes.
+        keep: For how many of the last positions logits are wanted.
+
+    Returns:
+        Logits (B, keep, V), in the dtype of the model.
+    """
+    output = model(
+        input_ids=ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=keep,
+    )
+    logits: Tensor = output.logits[:, -keep:]
+    return logits

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from glmkit.adapters.switching import Adapters, LoraBeside, adapter_of
 from glmkit.kernels import decoder as native
 from glmkit.kernels.build import status
-from glmkit.kernels.linear import Weight, weight_of
+from glmkit.kernels.linear import DTYPES, Weight, weight_of
 from glmkit.models.chatglm2 import (
     MLP,
     Block,
@@ -30,8 +30,6 @@ from glmkit.models.chatglm2 import (
 from glmkit.models.layers import RMSNorm, attend
 from glmkit.quant.linear import QuantizedLinear
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""What the native code calls them."""
 _FIRST_ANGLES = 2048  # positions in the rotary tables, more when they are needed
 
 

@@ -35,7 +35,7 @@ from glmkit.models.checked_config import CheckedConfig
 from glmkit.quant.linear import dequantize
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.weights import check_model, empty_model, own_names
-from glmkit.writing import save_tensors, write_folder, write_text_atomic
+from glmkit.writing import Shaped, save_tensors, write_folder, write_text_atomic
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CARRIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "MODEL_LICENSE", "MODEL_LICENSE.txt", "NOTICE")
@@ -163,14 +163,6 @@ def _read_both(
 # --- tensors ---
 
 
-@dataclass(frozen=True)
-class _Shaped:
-    """What a tensor of the new folder will be."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class _Plan:
     """Which tensors the new folder has, and how each is made when its turn comes.
 
@@ -204,7 +196,7 @@ class _Plan:
         layers = learnt.layers if isinstance(learnt, Lora) else {}
         self.layers = {name: own for name, own in names.items() if own.removesuffix(".weight") in layers}
         self.prefix = {own: stored for stored, own in learnt.names.items()} if isinstance(learnt, Prefix) else {}
-        self.tensors: dict[str, _Shaped] = {}
+        self.tensors: dict[str, Shaped] = {}
         for name, info in folder.tensors.items():
             replaced = self.prefix and names.get(name, name) in self.prefix
             if not replaced and not (self.dequantizes and name.endswith(".weight_scale")):
@@ -212,15 +204,13 @@ class _Plan:
         if isinstance(learnt, Prefix):
             # The prefix keeps its numbers: they are large for float16.
             found = {own: learnt.folder.tensors[stored] for own, stored in self.prefix.items()}
-            self.tensors |= {own: _Shaped(info.shape, info.dtype) for own, info in found.items()}
+            self.tensors |= {own: Shaped(info.shape, info.dtype) for own, info in found.items()}
 
-    def _shaped(self, name: str, info: TensorInfo, dtype: torch.dtype | None) -> _Shaped:
+    def _shaped(self, name: str, info: TensorInfo, dtype: torch.dtype | None) -> Shaped:
         scale = self.folder.tensors.get(f"{name}_scale") if self.dequantizes else None
         if scale is not None:
-            return _Shaped(
-                (info.shape[0], info.shape[1] * 8 // self.bits_of.get(name, self.bits)), dtype or scale.dtype
-            )
-        return _Shaped(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
+            return Shaped((info.shape[0], info.shape[1] * 8 // self.bits_of.get(name, self.bits)), dtype or scale.dtype)
+        return Shaped(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
 
     def fetch(self, name: str) -> Tensor:
         """Makes a tensor of the new folder.

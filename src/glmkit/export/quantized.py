@@ -34,7 +34,7 @@ from glmkit.quant.linear import QuantizedLinear, dequantize
 from glmkit.quant.schemes import FORMS, Form, Scheme, layers_of, scheme_of
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.weights import check_model, empty_model, own_names
-from glmkit.writing import save_tensors, write_folder, write_text_atomic
+from glmkit.writing import Shaped, save_tensors, write_folder, write_text_atomic
 
 _SHARD_BYTES = 1 << 30  # what waits in memory for its turn
 _COMPARED_BYTES = 2 * 10**9  # up to here source and result are loaded whole, and their logits compared
@@ -190,12 +190,6 @@ def _check_space(target: Path, needed: int) -> None:
 # --- tensors ---
 
 
-@dataclass(frozen=True)
-class _Shaped:
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
 class _Plan:
     """Which tensors the new folder has, and how each is made when its turn comes.
 
@@ -211,7 +205,7 @@ class _Plan:
     ) -> None:
         self.folder, self.forms, self.progress = folder, forms, progress
         self.stored = {own: stored for stored, own in names.items()}
-        self.tensors: dict[str, _Shaped] = {}
+        self.tensors: dict[str, Shaped] = {}
         self.sums: dict[str, int] = {}  # what was handed out, to be found again in the files
         self._waiting: dict[str, Tensor] = {}  # made with another tensor, and not asked for yet
         self._layers: dict[str, QuantizedLinear] = {}  # made beforehand, by calibration
@@ -220,11 +214,11 @@ class _Plan:
             info = folder.tensors[stored]
             form = self._form(own)
             if form is None:
-                self.tensors[own] = _Shaped(info.shape, info.dtype)
+                self.tensors[own] = Shaped(info.shape, info.dtype)
             else:
                 weight, scale = form.shapes(info.shape)
-                self.tensors[own] = _Shaped(weight, torch.int8)
-                self.tensors[f"{own}_scale"] = _Shaped(scale, torch.float16)
+                self.tensors[own] = Shaped(weight, torch.int8)
+                self.tensors[f"{own}_scale"] = Shaped(scale, torch.float16)
 
     @property
     def nbytes(self) -> int:

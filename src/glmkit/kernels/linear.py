@@ -36,7 +36,8 @@ _MAP_BYTES = 64 << 20
 _ALIGNMENT = 64  # a cache line, and the widest vector
 _FLOAT_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _INT8, _INT4, _INT4_GROUPS = 4, 5, 6
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Dtypes of numbers that the native code reads and writes -> what it calls them."""
 
 
 class PackedLayer(Protocol):
@@ -270,7 +271,7 @@ def multiply(weight: Weight, x: Tensor) -> Tensor:
         UsageError: x of another width or dtype, or elsewhere.
         KernelsError: There is no native code.
     """
-    dtype = _DTYPES.get(x.dtype)
+    dtype = DTYPES.get(x.dtype)
     shape = x.shape
     if dtype is None or not shape or shape[-1] != weight.k or not x.is_cpu:
         raise UsageError(f"x is {_described(x)}; expected (..., {weight.k}) in float32, bfloat16 or float16 on the CPU")

@@ -245,13 +245,13 @@ def pack_model(model: Any, kernels: str = "auto", *, any_dtype: bool = False) ->
             raise UsageError(f"kernels='native': there is no native code here: {status.why}", hint=status.hint)
         return 0
     sizes = [(layer.out_features, layer.in_features, layer.bits, layer.group_size) for layer in layers]
-    layers = [layer for layer, size in zip(layers, sizes) if native.fits(*size)]
-    if layers:
-        arena = native.Arena(sum(native.packed_bytes(*size) for size in sizes if native.fits(*size)))
-        packed = sum(layer.pack(arena) for layer in layers)
-        return_free_memory()
-        return packed
-    return 0
+    nbytes = sum(native.packed_bytes(*size) for size in sizes if native.fits(*size))
+    if not nbytes:
+        return 0
+    arena = native.Arena(nbytes)
+    packed = sum(layer.pack(arena) for layer in layers)
+    return_free_memory()
+    return packed
 
 
 def pack_large_model(model: Any) -> int:
