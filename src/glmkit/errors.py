@@ -63,6 +63,10 @@ class GenerationError(GlmkitError, RuntimeError):
     """Decoding that cannot go on, for instance logits that are not a number."""
 
 
+class QueueFullError(GlmkitError, RuntimeError):
+    """More requests than may wait; nothing of this one was kept."""
+
+
 class DataError(GlmkitError, ValueError):
     """A data file or record that cannot be used; the message names file and line."""
 
@@ -96,3 +100,7 @@ class KernelsError(GlmkitError, RuntimeError):
 
 class OutputError(GlmkitError, RuntimeError):
     """A file or folder that cannot be written where it was asked for."""
+
+
+class SandboxError(GlmkitError, RuntimeError):
+    """Code of the model cannot be run here as safely as was asked for."""

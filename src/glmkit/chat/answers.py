@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
 from glmkit.chat.messages import Message
 from glmkit.chat.tools import ToolCall
-from glmkit.engine.decode import Step
+from glmkit.engine.decode import WAITING, Step
 from glmkit.errors import UsageError
+
+Decode = Callable[..., Iterator[Step]]
+"""What `glmkit.engine.stream` does, of a model that is known: prompt and options, stop_ids, max_new_tokens, cancel and
+layout -> steps. One whose reader must not be held up gives WAITING where there is none yet."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,12 @@ class TokenUsage:
     Args:
         prompt_tokens: Tokens the model read.
         completion_tokens: Tokens it wrote, the one that ends the answer among them.
+        cached_tokens: Those of the prompt that it had read before.
     """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,12 @@ class Filled(str):
 class AnswerStream(ABC):
     """An answer that is being written: iterate over its pieces of text, then read `reply`.
 
-    Closing it early, or leaving its `with` block, ends the answer where it is.
+    Closing it early, or leaving its `with` block, ends the answer where it is. A piece is empty only where the tokens
+    come from a source that does not wait for them.
     """
 
     def __init__(self) -> None:
+        self.steps: list[Step] = []  # of the engine, the last one with its usage
         self._seconds: list[float] = []  # for each token
         self._reply: Reply | None = None
         self._pieces: Generator[str, None, None] = self._write()
@@ -130,14 +138,16 @@ class AnswerStream(ABC):
 
     def _timed(self, steps: Iterator[Step]) -> Iterator[Step]:
         """The engine's steps; keeps how long each took, without the time that its reader needs."""
-        while True:
-            started = time.perf_counter()
-            step = next(steps, None)
-            if step is None:
-                return
+        started = time.perf_counter()
+        while (step := next(steps, None)) is not None:
+            if step is WAITING:
+                yield step
+                continue
+            self.steps.append(step)
             if step.finish_reason != "cancelled":
                 self._seconds.append(time.perf_counter() - started)
             yield step
+            started = time.perf_counter()
 
     def _timings(self) -> Timings:
         count, decode_seconds = len(self._seconds), sum(self._seconds[1:])

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmkit.chat.answers import AnswerStream, Filled, Reply, TokenUsage
+from glmkit.chat.answers import AnswerStream, Decode, Filled, Reply, TokenUsage
 from glmkit.chat.choices import Choices
 from glmkit.chat.messages import Message
-from glmkit.engine.decode import CancelToken, Step, stream
+from glmkit.engine.decode import WAITING, CancelToken, Step, stream
 from glmkit.engine.layout import InputLayout
 from glmkit.engine.sampling import row_seed
 from glmkit.engine.text import StopText, TextStream
@@ -48,6 +48,7 @@ class FillingStream(AnswerStream):
         messages: What was said; the last message is the text, the ones before it mean nothing to the model.
         choices: How to fill; `max_new_tokens` and `stop` hold for each blank.
         cancel: Ends it before the next token.
+        decode: What generates the tokens; None: the decode loop, for this answer alone.
 
     Raises:
         UsageError: The last message is no user's, there is a system message, or the text leaves no room.
@@ -61,8 +62,9 @@ class FillingStream(AnswerStream):
         choices: Choices,
         *,
         cancel: CancelToken | None = None,
+        decode: Decode | None = None,
     ) -> None:
-        self._model, self._tokenizer, self._choices = model, tokenizer, choices
+        self._model, self._tokenizer, self._choices, self._decode = model, tokenizer, choices, decode
         self._messages, self._cancel = tuple(messages), cancel or CancelToken()
         text = _text_of(messages)
         self._ids: list[int] = tokenizer.fill_prompt(text)
@@ -101,6 +103,9 @@ class FillingStream(AnswerStream):
         waiting = ""  # blanks that may be the last
         reason = "cancelled"
         for step in self._timed(self._steps(number)):
+            if step is WAITING:
+                yield ""
+                continue
             text = ""
             if step.is_text:
                 self._spans[-1].append(step.token_id)
@@ -141,16 +146,17 @@ class FillingStream(AnswerStream):
             prompt = [*prompt, self._sop]
             layout = self._layout(prompt)
         left = self._room - sum(map(len, self._spans))
-        return stream(
-            self._model,
-            prompt,
-            options,
-            stop_ids=self._tokenizer.stop_ids,
-            max_new_tokens=min(self._choices.max_new_tokens or _LONGEST_TOKENS, left // (len(self._places) - number)),
-            cancel=self._cancel,
-            layout=layout,
-            lookup_tokens=self._choices.lookup_tokens,
-        )
+        limits = {
+            "stop_ids": self._tokenizer.stop_ids,
+            "max_new_tokens": min(
+                self._choices.max_new_tokens or _LONGEST_TOKENS, left // (len(self._places) - number)
+            ),
+            "cancel": self._cancel,
+            "layout": layout,
+        }
+        if self._decode is not None:
+            return self._decode(prompt, options, **limits)
+        return stream(self._model, prompt, options, lookup_tokens=self._choices.lookup_tokens, **limits)
 
     def _layout(self, prompt: Sequence[int]) -> InputLayout:
         ids = torch.tensor([prompt], device=self._model.device)

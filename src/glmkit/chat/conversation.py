@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from glmkit.chat.answers import AnswerStream, Reply, Timings, TokenUsage
+from glmkit.chat.answers import AnswerStream, Decode, Reply, Timings, TokenUsage
 from glmkit.chat.blanks import FillingStream
 from glmkit.chat.choices import Choices, choose, official_sampling
 from glmkit.chat.context import fit_context, reserve_tokens
@@ -20,7 +20,7 @@ from glmkit.chat.reply import Delta, parse_reply
 from glmkit.chat.reply import ReplyStream as MessageStream
 from glmkit.chat.templates import chat_format
 from glmkit.chat.tools import TOOLS_SENTENCE
-from glmkit.engine.decode import CancelToken, Step, stream
+from glmkit.engine.decode import WAITING, CancelToken, Step, stream
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.engine.text import StopText
 
@@ -39,6 +39,7 @@ class ReplyStream(AnswerStream):
         cancel: Ends the answer before its next token.
         dropped_turns: How many turns are not in the prompt.
         reuse: Keys and values of the conversation so far.
+        decode: What generates the tokens; None: the decode loop, for this answer alone.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class ReplyStream(AnswerStream):
         cancel: CancelToken | None = None,
         dropped_turns: int = 0,
         reuse: PromptCache | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._tokenizer, self._messages, self._format = tokenizer, tuple(messages), chat_format(tokenizer)
         self._prompt_tokens, self._dropped_turns = len(prompt), dropped_turns
@@ -62,23 +64,28 @@ class ReplyStream(AnswerStream):
         self._ids: list[int] = []  # of the answer, without the stop id
         self._text = ""
         self._finish_reason = "cancelled"
-        cache, new = (None, prompt) if reuse is None else reuse.begin(model, prompt)
-        self._steps = stream(
-            model,
-            new,
-            choices.options,
-            stop_ids=tokenizer.stop_ids,
-            max_new_tokens=choices.max_new_tokens or model.config.max_position_embeddings,
-            cancel=cancel,
-            cache=cache,
-            lookup_tokens=choices.lookup_tokens,
-            lookup_ids=prompt[: len(prompt) - len(new)],
-        )
+        limits: dict[str, Any] = {
+            "stop_ids": tokenizer.stop_ids,
+            "max_new_tokens": choices.max_new_tokens or model.config.max_position_embeddings,
+            "cancel": cancel,
+        }
+        if decode is not None:
+            self._steps = decode(prompt, choices.options, **limits)
+        else:
+            cache, new = (None, prompt) if reuse is None else reuse.begin(model, prompt)
+            drafts: dict[str, Any] = {
+                "lookup_tokens": choices.lookup_tokens,
+                "lookup_ids": prompt[: len(prompt) - len(new)],
+            }
+            self._steps = stream(model, new, choices.options, cache=cache, **limits, **drafts)
         super().__init__()
 
     def _write(self) -> Generator[str, None, None]:
         parser = MessageStream(self._tokenizer)
         for step in self._kept_steps():
+            if step is WAITING:
+                yield ""
+                continue
             deltas = parser.push(step.token_id) if step.is_text else []
             if step.finish_reason:
                 self._finish_reason = step.finish_reason
@@ -142,13 +149,17 @@ class ReplyStream(AnswerStream):
             text=text,
             messages=(*self._messages, *(answer if text or call is not None else ())),
             finish_reason="tool_calls" if call is not None and not cut else self._finish_reason,
-            usage=TokenUsage(self._prompt_tokens, len(self._seconds)),
+            usage=TokenUsage(self._prompt_tokens, len(self._seconds), self._cached_tokens()),
             timings=self._timings(),
             tool_call=call,
             malformed=parsed.problem if self._offers_tools and not cut else None,
             dropped_turns=self._dropped_turns,
         )
         return rest
+
+    def _cached_tokens(self) -> int:
+        usage = self.steps[-1].usage if self.steps else None
+        return 0 if usage is None else usage.cached_tokens
 
 
 def _offers_tools(messages: Sequence[Message]) -> bool:
@@ -173,6 +184,7 @@ def stream_reply(
     stop: str | Sequence[str] = (),
     cancel: CancelToken | None = None,
     reuse: PromptCache | None = None,
+    decode: Decode | None = None,
     **sampling: Any,
 ) -> AnswerStream:
     """Answers piece by piece.
@@ -190,6 +202,7 @@ def stream_reply(
         cancel: Ends the answer before its next token.
         reuse: Keys and values of the conversation so far; not used with a repetition penalty or banned tokens, which
             look at the whole conversation.
+        decode: What generates the tokens, for instance a batch engine; None: the decode loop, for this answer alone.
         **sampling: Single settings: temperature, top_k, top_p, min_p, repetition_penalty, seed, do_sample, max_tokens,
             and lookup_tokens, which changes the speed only (see `glmkit.engine.decode.stream`).
 
@@ -205,13 +218,21 @@ def stream_reply(
     choices = choose(model, options, max_new_tokens, stop, sampling, official=official)
     conversation = _with_tools(to_messages(messages, history, system), tools)
     if tokenizer.generation == 0:
-        return FillingStream(model, tokenizer, conversation, choices, cancel=cancel)
+        return FillingStream(model, tokenizer, conversation, choices, cancel=cancel, decode=decode)
     context = model.config.max_position_embeddings
     prompt, dropped = fit_context(tokenizer, conversation, context, reserve_tokens(context, choices.max_new_tokens))
     if choices.options.repetition_penalty != 1.0 or choices.options.banned_ids:
         reuse = None
     return ReplyStream(
-        model, tokenizer, conversation, prompt, choices, cancel=cancel, dropped_turns=dropped, reuse=reuse
+        model,
+        tokenizer,
+        conversation,
+        prompt,
+        choices,
+        cancel=cancel,
+        dropped_turns=dropped,
+        reuse=reuse,
+        decode=decode,
     )
 
 

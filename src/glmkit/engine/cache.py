@@ -100,11 +100,16 @@ class BufferLayer(hf.CacheLayerMixin):
             self._grow(self.filled_tokens + tokens)
 
     def _grow(self, needed_tokens: int) -> None:
-        keys, values = self._filled()
-        self.capacity_tokens = max(2 * self.capacity_tokens, needed_tokens)
-        self.keys, self.values = self._buffer(keys), self._buffer(values)
-        self.keys.narrow(2, 0, self.filled_tokens).copy_(keys)
-        self.values.narrow(2, 0, self.filled_tokens).copy_(values)
+        self.resize(max(2 * self.capacity_tokens, needed_tokens))
+
+    def resize(self, capacity_tokens: int) -> None:
+        """Gives the buffers another length, at least that of what is filled."""
+        self.capacity_tokens = max(capacity_tokens, self.filled_tokens, 1)
+        if self.is_initialized:
+            keys, values = self._filled()
+            self.keys, self.values = self._buffer(keys), self._buffer(values)
+            self.keys.narrow(2, 0, self.filled_tokens).copy_(keys)
+            self.values.narrow(2, 0, self.filled_tokens).copy_(values)
 
     def _filled(self) -> tuple[Tensor, Tensor]:
         return self.keys.narrow(2, 0, self.filled_tokens), self.values.narrow(2, 0, self.filled_tokens)
@@ -190,6 +195,38 @@ class BufferCache(hf.Cache):
             raise UsageError(f"cannot keep {tokens} tokens of a cache: expected 0 to {filled}, which are there")
         for layer in self.layers:  # each by its own length: an interrupted step leaves the first layers one ahead
             layer.crop(min(0, tokens - layer.filled_tokens))
+
+    @property
+    def capacity_tokens(self) -> int:
+        """For how many tokens there is room without a copy."""
+        return self.layers[0].capacity_tokens
+
+    def resize(self, capacity_tokens: int) -> None:
+        """Makes room for so many tokens in all, or gives room back.
+
+        Args:
+            capacity_tokens: How many; never fewer than are filled.
+        """
+        for layer in self.layers:
+            layer.resize(capacity_tokens)
+
+    def copy(self, tokens: int, capacity_tokens: int) -> BufferCache:
+        """Makes another cache with the same beginning, for another continuation.
+
+        Args:
+            tokens: Length of the beginning, at most what is filled.
+            capacity_tokens: Room in the new cache.
+        """
+        layers = []
+        for layer in self.layers:
+            copied = BufferLayer(layer.batch_size, max(1, capacity_tokens, tokens))
+            if layer.is_initialized:
+                copied.lazy_initialization(layer.keys[:, :, :0], layer.values[:, :, :0])
+                copied.keys.narrow(2, 0, tokens).copy_(layer.keys.narrow(2, 0, tokens))
+                copied.values.narrow(2, 0, tokens).copy_(layer.values.narrow(2, 0, tokens))
+                copied.filled_tokens = tokens
+            layers.append(copied)
+        return BufferCache(layers=layers)
 
 
 def new_cache(model: LanguageModel, batch: int, capacity_tokens: int) -> BufferCache:

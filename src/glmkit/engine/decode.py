@@ -79,17 +79,23 @@ class Step:
         finish_reason: None while it goes on; "stop": this is a stop id; "length": this is the last token that was
             allowed, and part of the answer; "cancelled": no token.
         usage: With the last step only.
+        top_logprobs: The most likely tokens with their log-probabilities, if they were asked for.
     """
 
     token_id: int
     logprob: float
     finish_reason: str | None = None
     usage: Usage | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
 
     @property
     def is_text(self) -> bool:
         """Whether the token belongs to the answer: stop ids and cancelled steps do not."""
         return self.finish_reason is None or self.finish_reason == "length"
+
+
+WAITING = Step(NO_TOKEN, 0.0, "waiting")
+"""What comes instead of a step that is not there yet, from a stream whose reader must not be held up."""
 
 
 def stream(
@@ -136,7 +142,7 @@ def stream(
             is out of range. Raised by this call, before the first step.
         GenerationError: From the generator: the model's logits are not finite.
     """
-    _check_limits(model, options, max_new_tokens=max_new_tokens, prefill_chunk_tokens=prefill_chunk_tokens)
+    check_limits(model, options, max_new_tokens=max_new_tokens, prefill_chunk_tokens=prefill_chunk_tokens)
     _check_lookup(lookup_tokens, cache)
     cached = cache.get_seq_length() if cache is not None else 0
     if cached and reads_whole_prompts(model):
@@ -144,7 +150,7 @@ def stream(
             f"{type(model).__name__} reads a prompt in both directions and cannot go on behind {cached} cached tokens",
             hint="give the whole prompt and no cache",
         )
-    limit = _answer_limit(model, prompt_ids, max_new_tokens, cached)
+    limit = answer_limit(model, prompt_ids, max_new_tokens, cached)
     if cache is None:
         cache = new_cache(model, 1, len(prompt_ids) + min(limit, _FIRST_ROOM_TOKENS))
     stops = frozenset(stop_ids)
@@ -232,8 +238,8 @@ def generate_batch(
         GenerationError: The model's logits are not finite.
     """
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "prefill_chunk_tokens": prefill_chunk_tokens}
-    _check_limits(model, options, **sizes)
-    limits = [_answer_limit(model, prompt, max_new_tokens, 0) for prompt in prompts]
+    check_limits(model, options, **sizes)
+    limits = [answer_limit(model, prompt, max_new_tokens, 0) for prompt in prompts]
     generators = row_generators(options, len(prompts))
     cancel = cancel or CancelToken()
     answers: list[list[int]] = [[] for _ in prompts]
@@ -283,7 +289,17 @@ def _answer_rows(
             batch.select([place for place, row in enumerate(batch.rows) if row in running])
 
 
-def _check_limits(model: LanguageModel, options: SamplingOptions, **sizes: int) -> None:
+def check_limits(model: LanguageModel, options: SamplingOptions, **sizes: int) -> None:
+    """Refuses numbers that make no sense, and tokens that the model does not have.
+
+    Args:
+        model: The language model.
+        options: How tokens are chosen.
+        **sizes: Numbers by name that must be 1 or more.
+
+    Raises:
+        UsageError: One of them is none, or the options ban or favour a token behind the vocabulary.
+    """
     for name, value in sizes.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise UsageError(f"{name}={value!r}: expected a whole number, 1 or more")
@@ -300,8 +316,18 @@ def _check_lookup(tokens: int, cache: hf.Cache | None) -> None:
         )
 
 
-def _answer_limit(model: LanguageModel, prompt: Sequence[int], max_new_tokens: int, cached: int) -> int:
-    """How many tokens an answer may have: what was asked for, or what the context leaves."""
+def answer_limit(model: LanguageModel, prompt: Sequence[int], max_new_tokens: int, cached: int) -> int:
+    """How many tokens an answer may have: what was asked for, or what the context leaves.
+
+    Args:
+        model: The language model.
+        prompt: Ids of the prompt.
+        max_new_tokens: What was asked for.
+        cached: Tokens that were read before the prompt.
+
+    Raises:
+        UsageError: The prompt is empty, has ids that the model does not know, or leaves no room.
+    """
     if not len(prompt):
         raise UsageError("the prompt is empty: expected at least one token id")
     vocabulary = model.config.vocab_size

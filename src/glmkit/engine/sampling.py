@@ -36,6 +36,8 @@ class SamplingOptions:
         min_p: Only tokens with at least this share of the most likely token's probability; 0 is off.
         repetition_penalty: Tokens of the prompt and the answer so far lose: a positive logit is divided by it, a
             negative one multiplied; 1 is off.
+        presence_penalty: Taken off the logits of tokens that the answer has already; 0 is off.
+        frequency_penalty: The same, once for each time that the answer has the token; 0 is off.
         seed: Makes sampling reproducible. None: taken from torch's global generator, which `torch.manual_seed` sets.
         banned_ids: Token sequences that must not appear, each a tuple of ids.
         logit_bias: Token id -> number added to its logit.
@@ -49,6 +51,8 @@ class SamplingOptions:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     banned_ids: tuple[tuple[int, ...], ...] = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -60,6 +64,8 @@ class SamplingOptions:
         _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 (off) to 1")
         penalty = self.repetition_penalty
         _require(_is_number(penalty) and penalty > 0, "repetition_penalty", penalty, "a number above 0 (1 is off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(_is_number(getattr(self, name)), name, getattr(self, name), "a finite number (0 is off)")
         _require(self.seed is None or _is_id(self.seed), "seed", self.seed, "a whole number, 0 or more, or None")
         banned = "a list of non-empty lists of token ids, 0 or more"
         _require(_is_list(self.banned_ids), "banned_ids", self.banned_ids, banned)
@@ -109,6 +115,8 @@ def sample(
     *,
     step: int = 0,
     rows: Sequence[int] | None = None,
+    answer_tokens: Sequence[int] | None = None,
+    allowed: Sequence[Tensor | None] | None = None,
 ) -> Draw:
     """Chooses one token per row.
 
@@ -119,9 +127,11 @@ def sample(
         logits: (B, V), any floating dtype, as the model gave them.
         options: The rules.
         generators: One per row; greedy choice does not touch them.
-        previous_ids: Prompt and answer so far of each row; only penalty and bans of several tokens look at them.
+        previous_ids: Prompt and answer so far of each row; only penalties and bans of several tokens look at them.
         step: Number of the token in the answer, for messages.
         rows: The rows' numbers in the caller's batch, for messages; 0 … B-1 if None.
+        answer_tokens: How many of each row's `previous_ids` are its answer; None: `step`.
+        allowed: For each row the only tokens that may be chosen, (V,) bool, or None; None: no row is limited.
 
     Returns:
         The tokens, and their log-probability under the model itself: before penalty, bias, bans and filters.
@@ -130,7 +140,10 @@ def sample(
         GenerationError: A logit is NaN or +inf, or no token is left.
     """
     logits = logits.float()
-    scores = adjust(logits, options, previous_ids)
+    answers = [len(ids) - (step if answer_tokens is None else answer_tokens[i]) for i, ids in enumerate(previous_ids)]
+    scores = adjust(logits, options, previous_ids, answers)
+    if allowed is not None:
+        scores = keep_allowed(scores, allowed)
     if scores is not logits and bool((scores.amax(-1) == -math.inf).any()):
         raise GenerationError(
             f"no token is left to choose from at step {step}: every one is banned", hint="ban fewer tokens"
@@ -144,13 +157,16 @@ def sample(
     return Draw(ids, ids.tolist(), logprobs)
 
 
-def adjust(logits: Tensor, options: SamplingOptions, previous_ids: Sequence[Sequence[int]]) -> Tensor:
-    """Repetition penalty, bias and bans: what holds for greedy choice too.
+def adjust(
+    logits: Tensor, options: SamplingOptions, previous_ids: Sequence[Sequence[int]], answers: Sequence[int]
+) -> Tensor:
+    """Penalties, bias and bans: what holds for greedy choice too.
 
     Args:
         logits: (B, V) float32, not changed.
         options: The rules.
         previous_ids: Prompt and answer so far of each row.
+        answers: Where in them each row's answer begins.
 
     Returns:
         (B, V) float32; `logits` itself if nothing is asked for.
@@ -158,6 +174,9 @@ def adjust(logits: Tensor, options: SamplingOptions, previous_ids: Sequence[Sequ
     scores = logits
     if options.repetition_penalty != 1.0:
         scores = penalise_repetition(scores, previous_ids, options.repetition_penalty)
+    if options.presence_penalty or options.frequency_penalty:
+        said = [ids[start:] for ids, start in zip(previous_ids, answers)]
+        scores = penalise_said(scores, said, options.presence_penalty, options.frequency_penalty)
     if options.logit_bias:
         scores = add_bias(scores, options.logit_bias)
     if options.banned_ids:
@@ -218,6 +237,44 @@ def penalise_repetition(scores: Tensor, previous_ids: Sequence[Sequence[int]], p
         ids = torch.tensor(previous, dtype=torch.int64, device=scores.device)
         seen = scores[row, ids]
         out[row, ids] = torch.where(seen < 0, seen * penalty, seen / penalty)
+    return out
+
+
+def penalise_said(scores: Tensor, answers: Sequence[Sequence[int]], presence: float, frequency: float) -> Tensor:
+    """Makes tokens that the answer has already less likely (positive penalties) or more (negative).
+
+    Args:
+        scores: (B, V) float32.
+        answers: Ids of each row's answer so far.
+        presence: Taken off once.
+        frequency: Taken off for each time.
+
+    Returns:
+        (B, V) float32.
+
+    Source: the parameters presence_penalty and frequency_penalty of OpenAI's API.
+    """
+    out = scores.clone()
+    for row, answer in enumerate(answers):
+        ids, counts = torch.tensor(answer, dtype=torch.int64, device=scores.device).unique(return_counts=True)
+        out[row, ids] -= presence + frequency * counts.to(out.dtype)
+    return out
+
+
+def keep_allowed(scores: Tensor, allowed: Sequence[Tensor | None]) -> Tensor:
+    """Leaves only some tokens to some rows.
+
+    Args:
+        scores: (B, V) float32.
+        allowed: (V,) bool for each row, None for one that is free.
+
+    Returns:
+        (B, V) float32, -inf for what is not allowed.
+    """
+    out = scores.clone()
+    for row, mask in enumerate(allowed):
+        if mask is not None:
+            out[row].masked_fill_(~mask.to(out.device), -math.inf)
     return out
 
 
