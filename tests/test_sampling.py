@@ -165,7 +165,7 @@ def test_rules_equal_transformers(seed):
     expected = logits.clone()
     for rule in rules:
         expected = rule(ids, expected)
-    scores = warp(sampling.adjust(logits, values, ids.tolist()), values)
+    scores = warp(sampling.adjust(logits, values, ids.tolist(), [0] * len(ids)), values)
     if seed % 2 and values.top_p < 1:
         # Which of several equal scores stays at the edge of top-p is up to the sort; their number is not.
         scores, expected = scores.sort(-1).values, expected.sort(-1).values
@@ -275,6 +275,26 @@ def test_banned_words_of_one_and_more_tokens():
 
 def test_bias_can_force_a_token():
     assert sample(torch.zeros(1, 9), SamplingOptions(temperature=0, logit_bias={4: 1.0}), [], [[]]).token_ids == [4]
+
+
+def test_penalties_count_the_answer_and_not_the_prompt():
+    logits = torch.zeros(2, 6)
+    options = SamplingOptions(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.25)
+    scores = sampling.adjust(logits, options, [[1, 2, 3, 3, 4], [1, 2]], [2, 2])
+    assert scores.tolist() == [[0, 0, 0, -1.5, -1.25, 0], [0] * 6]
+    favoured = SamplingOptions(temperature=0.0, presence_penalty=-1.0)
+    drawn = sample(logits, favoured, [random.Random(0)] * 2, [[1, 5], [2]], answer_tokens=[1, 0])
+    assert drawn.token_ids == [5, 0]
+
+
+def test_a_row_that_may_only_say_some_things():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+    allowed = [torch.tensor([False, True, True]), None]
+    drawn = sample(logits, SamplingOptions(temperature=0.0), [random.Random(0)] * 2, [[], []], allowed=allowed)
+    assert drawn.token_ids == [1, 0]
+    assert drawn.logprobs[0] == pytest.approx(float(logits[0].log_softmax(-1)[1]))  # under the model itself
+    with pytest.raises(GenerationError, match="no token is left"):
+        sample(logits, SamplingOptions(), [random.Random(0)] * 2, [[], []], allowed=[torch.zeros(3).bool(), None])
 
 
 def test_banning_everything_is_an_error():
