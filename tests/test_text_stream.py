@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from glmkit.engine.text import TextStream
+from glmkit.engine.text import StopText, TextStream
 from glmkit.errors import UsageError
 
 WORDS = [
@@ -188,6 +188,45 @@ def test_what_was_held_for_a_stop_string_comes_at_the_end():
 
 def test_the_first_of_several_stop_strings_ends_the_text():
     assert "".join(pieces([*b"one two three"], stop=["three", "two"])[0]) == "one "
+
+
+def up_to_a_stop(text, stop):
+    """What is in front of the stop string that is complete first; and that string."""
+    for end in range(len(text) + 1):
+        ended = [word for word in stop if text[:end].endswith(word)]
+        if ended:
+            return text[: end - max(map(len, ended))], max(ended, key=len)
+    return text, None
+
+
+@pytest.mark.parametrize("cases", [600, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_any_text_with_any_stop_strings(cases):
+    """The stream is the whole; nothing of a stop string, no half character; what was held back comes at the end."""
+    parts = [*WORDS, "กำ", "ที่", "नि", "á", "🏳️‍🌈", "st", "op", "ab", "abc", "bc"]
+    stopped = 0
+    for seed in range(cases):
+        dice = random.Random(seed)
+        text = random_text(dice, parts)
+        pool = [text[i : i + dice.randrange(1, 6)] for i in range(0, len(text), 7)] + dice.sample(parts, 3) + ["stop"]
+        stop = [word for word in dice.sample(pool, min(len(pool), dice.randrange(4))) if word]
+        ids = TOY.encode(text)
+        found, stream = pieces(ids, stop=stop)
+        wanted, word = up_to_a_stop(text, stop)
+        assert "".join(found) == wanted, (text, stop)
+        assert stream.stopped == word
+        assert not any("\ufffd" in part for part in found)
+        for split in (1, 2, 5):  # nor does it matter how the text is cut into tokens
+            cut = StopText(stop)
+            assert "".join(cut.push(text[i : i + split]) for i in range(0, len(text), split)) + cut.finish() == wanted
+        stopped += word is not None
+    assert cases / 10 < stopped < cases
+
+
+def test_a_thousand_stop_strings():
+    words = [f"word{number}." for number in range(1000)]
+    cut = StopText(words)
+    assert "".join(cut.push(character) for character in "It ends with word777. and not here") == "It ends with "
+    assert cut.stopped == "word777."
 
 
 @pytest.mark.parametrize("stop", ["stop", [""], [3]])

@@ -33,9 +33,10 @@ class StopText:
         if self.stopped is not None:
             return ""
         text = self._held + text
-        found = [(at, word) for word in self._stop if (at := text.find(word)) >= 0]
+        # The one that was complete first, so that it does not matter in which pieces the text arrives.
+        found = [(at + len(word), at, word) for word in self._stop if (at := text.find(word)) >= 0]
         if found:
-            at, self.stopped = min(found)
+            _, at, self.stopped = min(found)
             self._held = ""
             return text[:at]
         keep = max((_overlap(text, word) for word in self._stop), default=0)
