@@ -284,6 +284,7 @@ class BatchEngine:
                 return
             self._waiting.remove(row)
             self._reading.append(row)
+            self._forwards.clear()  # a model may change between requests
 
     def _is_read_by_another(self, row: Row) -> bool:
         """Whether most of a prompt is being read for another request: it will be copied then."""
