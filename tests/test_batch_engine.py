@@ -19,6 +19,7 @@ from glmkit.engine import CancelToken, SamplingOptions, Step, stream
 from glmkit.engine.generation import EngineState
 from glmkit.engine.scheduler import BatchEngine, Generation
 from glmkit.errors import GenerationError, QueueFullError, UsageError
+from glmkit.kernels.build import level
 from tiny_families import write_chatglm, write_glm, write_glm4
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -104,6 +105,33 @@ def test_rows_that_arrive_at_random_get_what_they_get_alone(model, engine_of):
     state = settled(engine)
     assert (state.started, state.finished, state.aborted, state.failed) == (12, 12, 0, 0)
     assert state.cache_tokens_used == 0
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize("prompts", [12, pytest.param(64, marks=pytest.mark.slow)])
+def test_native_rows_are_bit_for_bit_what_they_are_alone(engine_of, scheme, prompts):
+    """Tokens and log-probabilities, in any company and order, greedy and with a seed, read before or not."""
+    if level() == "torch":
+        pytest.skip("there is no native code here")
+    quantized = {} if scheme is None else {"quantize": scheme, "kernels": "native"}
+    model = glmkit.load("glm-nano", dtype="float32", **quantized).model
+    cases = []
+    for number in range(prompts):
+        options = GREEDY if number % 2 else SamplingOptions(temperature=1.3, top_p=0.95, seed=number)
+        cases.append((prompt_of(model, 3 + number % 25, number // 3), options, 4 + number % 9))
+
+    def said(steps: Iterator[Step]) -> list[tuple[int, float]]:
+        return [(step.token_id, step.logprob) for step in steps]
+
+    wanted = [said(stream(model, p, o, stop_ids=(), max_new_tokens=n)) for p, o, n in cases]
+    for places in (2, 7, 32):
+        engine = engine_of(model, max_running=places)
+        order = random.Random(places).sample(range(prompts), prompts)
+        running = {
+            number: ask(engine, cases[number][0], cases[number][2], options=cases[number][1]) for number in order
+        }
+        for number in order:
+            assert said(running[number]) == wanted[number], (places, number)
 
 
 def test_a_prompt_in_many_parts_beside_running_rows(nano, engine_of, monkeypatch):
