@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,6 +252,20 @@ def test_a_seed_repeats_and_rows_do_not_depend_on_neighbours():
     same = logits[:1].expand(5, -1)
     rows = sample(same, options, sampling.row_generators(options, 5), [[]] * 5).token_ids
     assert len(set(rows)) > 1, "every row has a random source of its own"
+
+
+def test_a_draw_does_not_depend_on_how_many_columns_the_neighbours_need():
+    """Columns of -inf between the others must not move the border between two tokens by the last place of a sum."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        scores = torch.randn(1, 600, generator=generator)
+        places = torch.randperm(6144, generator=generator)[:600].sort().values
+        wide = torch.full((1, 6144), -math.inf)
+        wide[0, places] = scores
+        shares = (scores - scores.max()).exp().cumsum(-1)[0]
+        numbers = [SimpleNamespace(random=lambda share=share: float(share / shares[-1])) for share in shares]
+        narrow = sampling.draw(scores.expand(600, -1), None, numbers)
+        assert torch.equal(sampling.draw(wide.expand(600, -1), None, numbers), places[narrow])
 
 
 def test_without_a_seed_torch_decides():

@@ -373,8 +373,8 @@ def keep_min_p(scores: Tensor, min_p: float) -> Tensor:
     Returns:
         (B, V) float32, the others -inf.
     """
-    probabilities = scores.softmax(-1)
-    return scores.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), -math.inf)
+    shares = (scores - scores.amax(-1, keepdim=True)).exp()  # of the most likely token's probability
+    return scores.masked_fill(shares < min_p, -math.inf)
 
 
 def draw(scores: Tensor, ids: Tensor | None, generators: Sequence[random.Random]) -> Tensor:
@@ -388,7 +388,8 @@ def draw(scores: Tensor, ids: Tensor | None, generators: Sequence[random.Random]
     Returns:
         (B,) int64.
     """
-    cumulative = scores.softmax(-1).cumsum(-1)
+    # Not softmax: its sum depends in its last place on how many columns of -inf the neighbours made necessary.
+    cumulative = (scores - scores.amax(-1, keepdim=True)).exp().cumsum(-1)
     total = cumulative[:, -1:]
     numbers = torch.tensor([[generator.random()] for generator in generators], dtype=torch.float64)
     # Rounding must not reach the total: the search would end behind the last token that can be drawn.
