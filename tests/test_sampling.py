@@ -263,7 +263,7 @@ def test_a_draw_does_not_depend_on_how_many_columns_the_neighbours_need():
         wide = torch.full((1, 6144), -math.inf)
         wide[0, places] = scores
         shares = (scores - scores.max()).exp().cumsum(-1)[0]
-        numbers = [SimpleNamespace(random=lambda share=share: float(share / shares[-1])) for share in shares]
+        numbers = [SimpleNamespace(random=lambda border=float(share): border) for share in shares / shares[-1]]
         narrow = sampling.draw(scores.expand(600, -1), None, numbers)
         assert torch.equal(sampling.draw(wide.expand(600, -1), None, numbers), places[narrow])
 
