@@ -23,12 +23,16 @@ from glmkit.writing import save_tensors, write_folder
 _POOL = 64 * 2**20
 
 
-def write_checkpoint(folder: Path, family: str, layers: int | None, dtype: torch.dtype) -> int:
+def write_checkpoint(
+    folder: Path, family: str, layers: int | None, dtype: torch.dtype, *, vocabulary: int | None = None
+) -> int:
     """Writes config and weights and returns the bytes of the weights."""
     row = find_family(family)
     assert row is not None, f"no family {family}"
     config = released_config(row)
     config.dtype, config.num_layers = dtype, layers or config.num_layers
+    if vocabulary is not None:
+        config.padded_vocab_size = vocabulary
     if row.architecture == "chatglm2":
         config.generation, config.rope_ratio_applies_to = row.generation, "position" if row.generation == 2 else "base"
     with torch.device("meta"):

@@ -370,6 +370,30 @@ def test_a_row_has_the_same_bits_alone_and_among_others(level: str, kind: str) -
         assert torch.equal(found[row], torch.cat(single, dim=1)[0])
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", *QUANTISED])
+def test_rows_with_caches_of_their_own_have_the_bits_that_each_has_alone(level: str, kind: str) -> None:
+    """Of lengths on both sides of a range's end, some of which grow."""
+    model = prepared(kind)
+    runner, lengths = runner_of(model), (3, 600, 1, 511, 512, 40)
+    own, alone = ([new_cache(model, 1, length + 2 * (row % 2)) for row, length in enumerate(lengths)] for _ in range(2))
+    for row, length in enumerate(lengths):
+        for cache in (own[row], alone[row]):
+            runner(random_ids(1, length, seed=row), cache=cache)
+    for step in range(3):
+        ids = random_ids(len(lengths), 1, seed=50 + step)
+        found = runner.rows(ids, own)
+        wanted = [runner(ids[row : row + 1], cache=cache)[:, 0] for row, cache in enumerate(alone)]
+        assert found is not None
+        assert torch.equal(found, torch.cat(wanted))
+        assert bool(found.isfinite().all())
+    for one, other in zip(own, alone):
+        assert {layer.filled_tokens for layer in one.layers} == {other.get_seq_length()}
+        filled = other.get_seq_length()
+        for mine, theirs in zip(one.layers, other.layers):
+            assert torch.equal(mine.keys[:, :, :filled], theirs.keys[:, :, :filled])
+            assert torch.equal(mine.values[:, :, :filled], theirs.values[:, :, :filled])
+
+
 def test_threads_change_no_bit(level: str) -> None:
     model = glmkit.load("glm-nano", dtype="float32").model
     ids = random_ids(2, 620)

@@ -1,6 +1,7 @@
 """Whole steps of the ChatGLM2, ChatGLM3 and GLM-4 network in one native call, over the same cache and the same weights.
 
     runner_for(model)            once for each generation: looks whether nothing stands beside the plain network
+    runner.rows(ids, caches)     the next token of several rows, each with a cache of its own, of any length
     runner(ids, cache=...)
         few tokens               glm_decode: ids in, logits out
         many, quantised          each block in two halves around torch's attention
@@ -13,7 +14,9 @@ What is added up is float32, whatever the weights are. network.py says what the 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -61,8 +64,7 @@ class Runner:
         library = native.functions()
         assert library is not None
         self._library = library
-        self._step = native.Step()
-        self._address = ctypes.addressof(self._step)
+        self._step, self._rows_step = native.Step(), native.Step()
         self._buffers: list[Tensor] = []  # keys of each layer, whose addresses the step has
         self._held: tuple[Tensor | None, ...] = ()
 
@@ -70,6 +72,7 @@ class Runner:
         """Keeps the weights as well: whoever replaces one between two steps must not free what is read here."""
         self._network = network
         self._weights = [parameter.detach() for parameter in self._base.parameters()]
+        self._places: WeakKeyDictionary[BufferCache, _Places] = WeakKeyDictionary()  # of rows with caches of their own
 
     @torch.inference_mode()
     def __call__(
@@ -108,14 +111,86 @@ class Runner:
                     return logits
         return logits_by_model(self._model, ids, attention_mask, position_ids, cache, keep).float()
 
-    def _is_native(self, ids: Tensor, attention_mask: Tensor | None, cache: hf.Cache) -> bool:
-        if type(cache) is not BufferCache or (self._adapters is not None and adapter_of(self._model) is not None):
+    @torch.inference_mode()
+    def rows(self, ids: Tensor, caches: Sequence[BufferCache]) -> Tensor | None:
+        """Runs one new token of each row behind a cache of its own; a row gets what it gets alone, bit for bit.
+
+        The position of a token is the length of its cache. Nothing is counted unless all went well.
+
+        Args:
+            ids: (B, 1) int64, any number of rows.
+            caches: A cache of one row for each, of any lengths; each gets the token appended.
+
+        Returns:
+            Logits (B, V), float32. None where the model has to do it, or to say what is wrong.
+        """
+        count = len(caches)
+        if ids.shape != (count, 1) or not self._stays() or len(set(map(id, caches))) < count:
+            return None
+        rows = (native.OwnRow * count)()
+        dtypes, longest = set(), 0
+        for row, cache in zip(rows, caches):
+            places = self._place(cache)
+            if places is None:
+                return None
+            row.cache, row.filled = places.address, cache.layers[0].filled_tokens
+            dtypes.add(places.dtype)
+            longest = max(longest, row.filled)
+        if len(dtypes) != 1:
+            return None
+        logits = self._in_calls(ids.to("cpu", torch.int64).contiguous(), rows, dtypes.pop(), longest)
+        if logits is not None:
+            for cache in caches:
+                for layer in cache.layers:
+                    layer.filled_tokens += 1
+        return logits
+
+    def _place(self, cache: BufferCache) -> _Places | None:
+        """Where the buffers of a row's own cache are, with room for a token; None if they are not of our kind."""
+        places = self._places.get(cache)
+        if places is None or not places.have_room(cache):
+            filled = cache.layers[0].filled_tokens
+            if type(cache) is not BufferCache or not self._takes(cache):
+                return None
+            if any(layer.batch_size != 1 or layer.filled_tokens != filled for layer in cache.layers):
+                return None
+            self._reserve(cache, 1)
+            places = self._places[cache] = _Places(cache)
+        return places
+
+    def _in_calls(self, ids: Tensor, rows: Any, dtype: int, longest: int) -> Tensor | None:
+        """The rows, so many at a time as the native code takes at most."""
+        cosines, sines = self._network.reach(self._base, longest + 1)
+        logits = torch.empty(len(rows), self._network.vocabulary)
+        step = self._rows_step
+        step.tokens = step.keep = 1
+        step.cache_dtype, step.angles = dtype, len(cosines)
+        step.cosines, step.sines = cosines.data_ptr(), sines.data_ptr()
+        calls = -(-len(rows) // native.MOST_TOKENS)
+        size = -(-len(rows) // calls)
+        for start in range(0, len(rows), size):
+            step.rows = min(size, len(rows) - start)
+            step.ids = ids.data_ptr() + start * ids.element_size()
+            step.own_rows = ctypes.addressof(rows) + start * ctypes.sizeof(native.OwnRow)
+            step.logits = logits.data_ptr() + start * logits.stride(0) * logits.element_size()
+            if not self._call(self._library.glm_decode, step):
+                return None
+        return logits
+
+    def _stays(self) -> bool:
+        """Whether the network is to be run as it is; takes its weights anew where they have moved."""
+        if self._adapters is not None and adapter_of(self._model) is not None:
             return False
         if not self._network.stays(self._base):  # moved or converted since the last call
             network = network_of(self._base)
             if network is None:
                 return False
             self._take(network)
+        return True
+
+    def _is_native(self, ids: Tensor, attention_mask: Tensor | None, cache: hf.Cache) -> bool:
+        if type(cache) is not BufferCache or not self._stays():
+            return False
         first = cache.layers[0]
         filled = first.filled_tokens
         if attention_mask is not None and attention_mask.shape != (ids.shape[0], filled + ids.shape[1]):
@@ -162,26 +237,25 @@ class Runner:
         step.hidden = step.queries = step.context = None
 
     def _make_room(self, cache: BufferCache, tokens: int) -> None:
-        network = self._network
-        for layer in cache.layers:
-            if not layer.is_initialized or layer.filled_tokens + tokens > layer.capacity_tokens:
-                layer.reserve(tokens, network.groups, network.width, network.dtype)
+        self._reserve(cache, tokens)
         if len(self._buffers) == len(cache.layers) and all(
             layer.keys is buffer for layer, buffer in zip(cache.layers, self._buffers)
         ):
             return
-        layers = (native.CacheLayer * len(cache.layers))()
-        for to, layer in zip(layers, cache.layers):
-            to.keys, to.values = layer.keys.data_ptr(), layer.values.data_ptr()
-            to.row, to.group = layer.keys.stride(0), layer.keys.stride(1)
-        self._step.cache, self._step.cache_dtype = layers, DTYPES[cache.layers[0].keys.dtype]
+        self._step.cache, self._step.cache_dtype = _described(cache), DTYPES[cache.layers[0].keys.dtype]
         self._buffers = [layer.keys for layer in cache.layers]
+
+    def _reserve(self, cache: BufferCache, tokens: int) -> None:
+        network = self._network
+        for layer in cache.layers:
+            if not layer.is_initialized or layer.filled_tokens + tokens > layer.capacity_tokens:
+                layer.reserve(tokens, network.groups, network.width, network.dtype)
 
     def _few(self, rows: int, keep: int) -> Tensor | None:
         """A whole step in one call. None: the model has to do it, or to say what is wrong."""
         logits = torch.empty(rows, keep, self._network.vocabulary)
         self._step.keep, self._step.logits = keep, logits.data_ptr()
-        return logits if self._call(self._library.glm_decode) else None
+        return logits if self._call(self._library.glm_decode, self._step) else None
 
     def _many(self, ids: Tensor, attention_mask: Tensor | None, cache: BufferCache, keep: int) -> Tensor | None:
         """A prompt: attention over whole matrices is torch's, all else of a block native."""
@@ -192,25 +266,56 @@ class Runner:
         hidden = torch.empty(rows, tokens, network.hidden)
         queries = torch.empty(rows, tokens, network.heads, network.width, dtype=dtype)
         step.keep, step.hidden, step.queries = keep, hidden.data_ptr(), queries.data_ptr()
-        if not self._call(self._library.glm_embed):
+        if not self._call(self._library.glm_embed, step):
             return None
         mask = self._base.transformer.attention_mask(hidden, attention_mask, cache)
         for index, layer in enumerate(cache.layers):
-            self._call(self._library.glm_before_attention, index)
+            self._call(self._library.glm_before_attention, step, index)
             keys, values = (buffer.narrow(2, 0, filled) for buffer in (layer.keys, layer.values))
             context = attend(queries.transpose(1, 2), keys, values, mask).contiguous()
             step.context = context.data_ptr()
-            self._call(self._library.glm_after_attention, index)
+            self._call(self._library.glm_after_attention, step, index)
         logits = torch.empty(rows, keep, network.vocabulary)
         step.logits = logits.data_ptr()
-        self._call(self._library.glm_logits)
+        self._call(self._library.glm_logits, step)
         return logits
 
-    def _call(self, function: Any, *layer: int) -> bool:
-        problem = function(self._network.address, self._address, *layer, torch.get_num_threads())
+    def _call(self, function: Any, step: native.Step, *layer: int) -> bool:
+        problem = function(self._network.address, ctypes.addressof(step), *layer, torch.get_num_threads())
         if problem == native.NO_MEMORY:
-            raise MemoryError(f"no memory for a step of {self._step.rows} rows and {self._step.tokens} tokens")
+            raise MemoryError(f"no memory for a step of {step.rows} rows and {step.tokens} tokens")
         return bool(problem == native.FINE)
+
+
+def _described(cache: BufferCache) -> Any:
+    """The buffers of a cache as the native code reads them, an array with one `CacheLayer` for each layer."""
+    layers = (native.CacheLayer * len(cache.layers))()
+    for to, layer in zip(layers, cache.layers):
+        to.keys, to.values = layer.keys.data_ptr(), layer.values.data_ptr()
+        to.row, to.group = layer.keys.stride(0), layer.keys.stride(1)
+    return layers
+
+
+class _Places:
+    """Where the buffers of one row's own cache are. It keeps none of them: who drops a cache gets its memory back.
+
+    Args:
+        cache: A cache whose buffers are there.
+    """
+
+    def __init__(self, cache: BufferCache) -> None:
+        self._layers = _described(cache)
+        self._buffers = [ref(layer.keys) for layer in cache.layers]  # values are replaced together with keys
+        self.address = ctypes.addressof(self._layers)
+        self.dtype = DTYPES[cache.layers[0].keys.dtype]
+
+    def have_room(self, cache: BufferCache) -> bool:
+        """Whether the buffers are still these, and take another token."""
+        filled = cache.layers[0].filled_tokens
+        for layer, buffer in zip(cache.layers, self._buffers):
+            if not layer.filled_tokens == filled < layer.capacity_tokens or layer.keys is not buffer():
+                return False
+        return True
 
 
 def logits_by_model(

@@ -274,7 +274,7 @@ def network_of(model: Any) -> Network | None:
             _networks.pop(model, None)
         return None
     known = _networks.get(model)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # copies made in that mode could not be refreshed outside it
         if known is None or known.state != _state(model):
             known = _networks[model] = Network(model)
         known.refresh()

@@ -33,7 +33,7 @@ from glmkit.errors import KernelsError
 from glmkit.kernels.cache import Record, cache_folder, cannot_write, checksum, read_record, remember, turn
 from glmkit.kernels.levels import TORCH, VARIABLE, compiler_flags, cpu_features, wanted_levels
 
-ABI = 1
+ABI = 2
 """What `glm_abi()` of the library must return: the number of the interface that Python code expects."""
 SOURCE = Path(__file__).parent / "source" / "glmkit.cpp"
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fno-math-errno")

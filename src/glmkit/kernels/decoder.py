@@ -59,6 +59,12 @@ class CacheLayer(ctypes.Structure):
     _fields_ = (("keys", c_void_p), ("values", c_void_p), ("row", c_int64), ("group", c_int64))
 
 
+class OwnRow(ctypes.Structure):
+    """A row with a cache of its own: its layers, and how many tokens are in it."""
+
+    _fields_ = (("cache", c_void_p), ("filled", c_int64))
+
+
 class Step(ctypes.Structure):
     """What a call is to do."""
 
@@ -75,6 +81,7 @@ class Step(ctypes.Structure):
         ("cosines", c_void_p),
         ("sines", c_void_p),
         ("cache", ctypes.POINTER(CacheLayer)),
+        ("own_rows", c_void_p),  # of OwnRow
         ("hidden", c_void_p),
         ("queries", c_void_p),
         ("context", c_void_p),

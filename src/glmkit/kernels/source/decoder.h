@@ -49,6 +49,7 @@ class Run {
         for (int i = 0; i < m; ++i) {
             if (position(i) < 0 || position(i) >= s.angles) return kNoSuchPosition;
         }
+        if (s.mask && s.own_rows) return kMaskOfOtherShape;
         const int columns = s.filled + s.tokens;
         for (int row = 0; s.mask && row < s.rows; ++row) {
             const int64_t* mask = s.mask + static_cast<size_t>(row) * columns;
@@ -69,7 +70,7 @@ class Run {
         Layout layout(memory.get());
         lay_out(layout);
         for (int i = 0; i < stages(); ++i) new (counters + i) Counter;
-        find_padding();
+        describe_rows();
         with_team(threads, counters, [&](Team team) { work(*this, team); });
         return true;
     }
@@ -91,7 +92,7 @@ class Run {
     }
 
     void attention(Team& team, int layer) {
-        team.share(s.rows * d.groups * blocks * ranges, 1, [&](int task, int) { attend(team, layer, task); });
+        team.share(first_tasks[s.rows], 1, [&](int task, int) { attend(team, layer, task); });
         const Weight& next = d.blocks[layer].dense;
         const int unit = unit_of(next), heads = std::min(d.heads, unit / std::gcd(unit, d.width));  // that make whole groups
         const int parts = (d.heads + heads - 1) / heads;
@@ -131,7 +132,11 @@ class Run {
 
   private:
     int unit_of(const Weight& next) const { return is_quantised(next) ? rounding_columns(m) : 1; }
-    int64_t position(int i) const { return s.positions ? s.positions[i] : s.filled + i % s.tokens; }
+    int filled(int row) const { return s.own_rows ? static_cast<int>(s.own_rows[row].filled) : s.filled; }
+    int64_t position(int i) const { return s.positions ? s.positions[i] : filled(i / s.tokens) + i % s.tokens; }
+    const CacheLayer& cache_of(int row, int layer) const { return s.own_rows ? s.own_rows[row].cache[layer] : s.cache[layer]; }
+    size_t place_of(const CacheLayer& cache, int row, int group) const { return (s.own_rows ? 0 : row * cache.row) + group * cache.group; }
+    int ranges(int row) const { return (filled(row) + s.tokens + kRangeKeys - 1) / kRangeKeys; }
     int stages() const { return 9 * d.layers + 4; }
     int panel_floats() const { return std::max({kPanelFloats, 2 * rounding_columns(m) * m, d.heads * d.width, d.inner}); }
 
@@ -152,18 +157,20 @@ class Run {
     }
 
     void lay_out(Layout& layout) {
-        ranges = (s.filled + s.tokens + kRangeKeys - 1) / kRangeKeys;
         counters = layout.take<Counter>(stages());
         pads = layout.take<int>(s.rows);
+        first_tasks = layout.take<int>(s.rows + 1);
         x = s.hidden ? s.hidden : layout.take<float>(static_cast<size_t>(m) * d.hidden);
         narrow_vectors = Vectors(layout, m, std::max(d.hidden, d.heads * d.width), has_floats());
         wide_vectors = Vectors(layout, m, d.inner, has_floats());
         own_floats = (panel_floats() + 15) / 16 * 16 + (attention_floats() + 15) / 16 * 16;
         own = layout.take<float>(own_floats * threads);
         if (s.queries || s.context) return;
-        const size_t tasks = static_cast<size_t>(s.rows) * d.groups * blocks;
-        queries = layout.take<float>(tasks * kLanes * d.width);
-        partials = layout.take<float>(tasks * ranges * Partial::floats(d.width));
+        size_t all_ranges = 0;
+        for (int row = 0; row < s.rows; ++row) all_ranges += ranges(row);
+        const size_t of_row = static_cast<size_t>(d.groups) * blocks;
+        queries = layout.take<float>(s.rows * of_row * kLanes * d.width);
+        partials = layout.take<float>(all_ranges * of_row * Partial::floats(d.width));
     }
 
     bool has_floats() const {
@@ -175,8 +182,10 @@ class Run {
         return found;
     }
 
-    void find_padding() {
+    void describe_rows() {
+        first_tasks[0] = 0;
         for (int row = 0; row < s.rows; ++row) {
+            first_tasks[row + 1] = first_tasks[row] + d.groups * blocks * ranges(row);
             const int columns = s.filled + s.tokens;
             const int64_t* mask = s.mask ? s.mask + static_cast<size_t>(row) * columns : nullptr;
             pads[row] = mask ? static_cast<int>(std::find_if(mask, mask + columns, [](int64_t one) { return one != 0; }) - mask) : 0;
@@ -318,17 +327,20 @@ class Run {
     }
 
     void put_in_cache(int layer, int i, int group, int channel, int count, const float* values, bool is_key) const {
-        const CacheLayer& cache = s.cache[layer];
-        const size_t at = (i / s.tokens) * cache.row + group * cache.group + static_cast<size_t>(s.filled + i % s.tokens) * d.width;
+        const int row = i / s.tokens;
+        const CacheLayer& cache = cache_of(row, layer);
+        const size_t at = place_of(cache, row, group) + static_cast<size_t>(filled(row) + i % s.tokens) * d.width;
         narrow(values, count, s.cache_dtype, is_key ? cache.keys : cache.values, at + channel);
     }
 
     float* lanes_of(int task) { return queries + static_cast<size_t>(task) * kLanes * d.width; }
 
-    // Task: row, group, lanes, range, the last fastest.
+    // Task: row, group, lanes, range, the last fastest. Rows have as many ranges as they are long.
     void attend(const Team& team, int layer, int task) {
-        const int range = task % ranges, lanes = task / ranges, block = lanes % blocks;
-        const int row = lanes / blocks / d.groups, group = lanes / blocks % d.groups, visible = s.filled + s.tokens - pads[row];
+        const int row = static_cast<int>(std::upper_bound(first_tasks, first_tasks + s.rows, task) - first_tasks) - 1;
+        const int in_row = task - first_tasks[row], range = in_row % ranges(row), block = in_row / ranges(row) % blocks;
+        const int group = in_row / ranges(row) / blocks, visible = filled(row) + s.tokens - pads[row];
+        float* const lanes_queries = lanes_of((row * d.groups + group) * blocks + block);
         float limits[kLanes];
         float most = 0.0f;
         for (int lane = 0; lane < kLanes; ++lane) {
@@ -343,23 +355,23 @@ class Run {
             std::fill(to.sum, to.values + kLanes * d.width, 0.0f);
             return;
         }
-        const CacheLayer& cache = s.cache[layer];
+        const CacheLayer& cache = cache_of(row, layer);
         const size_t bytes = s.cache_dtype == kAsFloat32 ? 4 : 2;
-        const size_t at = (row * cache.row + group * cache.group + static_cast<size_t>(pads[row]) * d.width) * bytes;
+        const size_t at = (place_of(cache, row, group) + static_cast<size_t>(pads[row]) * d.width) * bytes;
         const Keys keys{static_cast<const char*>(cache.keys) + at, static_cast<const char*>(cache.values) + at, s.cache_dtype, d.width};
         float* scratch = panel_of(team) + own_floats - (attention_floats() + 15) / 16 * 16;
 #if defined(GLM_TILES)
-        if (lanes_are_tiles) return TileAttention::run(keys, lanes_of(lanes), limits, first, last, scratch, to);
+        if (lanes_are_tiles) return TileAttention::run(keys, lanes_queries, limits, first, last, scratch, to);
 #endif
-        PlainAttention::run(keys, lanes_of(lanes), limits, first, last, scratch, to);
+        PlainAttention::run(keys, lanes_queries, limits, first, last, scratch, to);
     }
 
     // Vector i's result of one head.
     void gather(int i, int head, float* to) {
         const int row = i / s.tokens, pair = i % s.tokens * each + head % each;
-        const size_t task = static_cast<size_t>((row * d.groups + head / each) * blocks + pair / kLanes) * ranges;
+        const int first = first_tasks[row] + (head / each * blocks + pair / kLanes) * ranges(row);
         const size_t stride = Partial::floats(d.width);
-        combine(partials + task * stride, stride, ranges, pair % kLanes, d.width, to);
+        combine(partials + first * stride, stride, ranges(row), pair % kLanes, d.width, to);
     }
 
     const Decoder& d;
@@ -375,7 +387,7 @@ class Run {
     float* own = nullptr;  // each thread's panel, then what attention needs
     size_t own_floats = 0;
     float *queries = nullptr, *partials = nullptr;
-    int ranges = 1;
+    int* first_tasks = nullptr;  // of attention, of each row; behind the last row's, their number
 };
 
 }  // namespace glm

@@ -14,7 +14,7 @@ using namespace glm;
 
 extern "C" {
 
-int glm_abi() { return 1; }
+int glm_abi() { return 2; }
 
 // 0: built without tiles, 1: many vectors are multiplied on them, 2: the system refuses them, so vectors do all.
 int glm_tiles() { return !kHasTiles ? 0 : takes_tiles(kTileVectors) ? 1 : 2; }

@@ -34,6 +34,12 @@ struct CacheLayer {
     int64_t row, group;
 };
 
+// A row with a cache of its own, of any length: its part of the batch (rows = 1) in each layer.
+struct OwnRow {
+    const CacheLayer* cache;  // one for each layer
+    int64_t filled;           // tokens in it before
+};
+
 // What a call is to do.
 struct Step {
     int32_t rows, tokens;  // B and T
@@ -46,6 +52,7 @@ struct Step {
     const int64_t* mask;        // (B, filled + T), 0 for padding on the left; null: none
     const float *cosines, *sines;  // (angles, rotated / 2)
     const CacheLayer* cache;    // one for each layer
+    const OwnRow* own_rows;     // (B), instead of `cache`, `filled` and a mask; null: all rows are in `cache`
     float* hidden;              // (B*T, hidden); null: kept inside
     void* queries;              // (B, T, heads, width) in the cache's dtype; the halves of a block only
     const void* context;        // the same, of what attention gave
