@@ -1,8 +1,7 @@
-"""Answers for every front end: text, tools, limits, the context, cancelling, settings, and the transcript on disk."""
+"""Answers for every front end: text, tools, limits, the context, cancelling, settings, and the copy on disk."""
 
 from __future__ import annotations
 
-import json
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +14,13 @@ import torch
 import glmkit
 import tiny
 import tiny_families
-from glmkit.chat import transcript
 from glmkit.chat.choices import OFFICIAL_SAMPLING, choose, official_sampling
 from glmkit.chat.context import fit_context, reserve_tokens
 from glmkit.chat.conversation import Reply, reply_to, stream_reply
 from glmkit.chat.messages import Message
 from glmkit.chat.prompt_cache import PromptCache
 from glmkit.chat.session import Session
+from glmkit.chat.store import ConversationStore
 from glmkit.chat.templates import prompt_ids
 from glmkit.engine.decode import CancelToken
 from glmkit.engine.sampling import SamplingOptions
@@ -137,13 +136,14 @@ def test_a_session_of_every_generation(
         script = [*header, *used.encode_text("tea"), end] * 3
         model = tiny.ScriptedModel(used, script)
         loaded = SimpleNamespace(model=model, tokenizer=used, adapter=None)
-        session = Session(loaded, "tiny", settings={"temperature": 0}, path=transcript.new_path())
+        store = ConversationStore()
+        session = Session(loaded, "tiny", settings={"temperature": 0}, store=store)
         finish(session, session.ask("hello", CancelToken()))
         finish(session, session.ask("rice", CancelToken()))
         finish(session, session.retry(CancelToken()))
-        path = transcript.newest_path()
-        assert path is not None
-        assert transcript.read(path).messages == tuple(session.messages)
+        newest = store.newest()
+        assert newest is not None
+        assert store.open(newest).messages == tuple(session.messages)
         assert [message.content for message in session.messages] == ["hello", "tea", "rice", "tea"]
 
 
@@ -418,14 +418,16 @@ def finish(session: Session, replying: Any) -> Reply:
 
 
 def test_a_session_is_on_disk_after_every_message(loaded: Any, state: Path) -> None:
-    session = Session(loaded, "tiny", settings={"max_new_tokens": 4}, path=transcript.new_path())
+    store = ConversationStore()
+    session = Session(loaded, "tiny", settings={"max_new_tokens": 4}, store=store)
     replying = session.ask("hello", CancelToken())
-    path = transcript.newest_path()
-    assert path is not None
-    assert transcript.read(path).messages == (Message("user", "hello"),)  # a kill now loses the answer only
+    newest = store.newest()
+    assert newest is not None
+    assert store.open(newest).messages == (Message("user", "hello"),)  # a kill now loses the answer only
     reply = finish(session, replying)
-    assert transcript.read(path).messages == reply.messages
-    assert transcript.read(path).settings == {"max_new_tokens": 4}
+    kept = store.open(newest)
+    assert (kept.messages, kept.settings, kept.title) == (reply.messages, {"max_new_tokens": 4}, "hello")
+    path = state / "conversations" / f"{newest}.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert [one.name for one in path.parent.iterdir()] == [path.name]
@@ -470,29 +472,29 @@ def test_an_unanswered_question_is_replaced_and_a_too_long_one_not_kept(loaded: 
 def test_a_full_disk_ends_the_writing_and_not_the_talk(loaded: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told: list[str] = []
-    path = tmp_path / "file" / "talk.json"
-    session = Session(loaded, "tiny", settings={"max_new_tokens": 2}, path=path, warn=told.append)
+    store = ConversationStore(tmp_path / "file")
+    session = Session(loaded, "tiny", settings={"max_new_tokens": 2}, store=store, warn=told.append)
     finish(session, session.ask("hello", CancelToken()))
     assert len(told) == 1
     assert "not being saved" in told[0]
     with pytest.raises(OutputError, match="cannot write"):
-        transcript.write(path, session.transcript())
+        store.save(session.conversation())
 
 
-def test_transcripts_survive_bad_files_and_do_not_pile_up(state: Path) -> None:
-    folder = state / "conversations"
-    folder.mkdir(parents=True)
-    for number in range(60):
-        (folder / f"{number:03}.json").write_text("{}")
-    assert transcript.new_path() != transcript.new_path()  # also within a second
-    assert len(list(folder.iterdir())) == 49
-    for text in ("", "[]", '{"schema": 9}', '{"schema": 1, "model": "x", "messages": [{"role": "king"}]}'):
-        (folder / "x.json").write_text(text)
-        with pytest.raises(UsageError, match=r"no conversation|no role"):
-            transcript.read(folder / "x.json")
-    message = Message("system", "半\ud800", tools=[1])
-    transcript.write(folder / "y.json", transcript.Transcript("m", (message,)))
-    assert json.loads((folder / "y.json").read_text(encoding="utf-8"))["messages"][0]["tools"] == [1]
+def test_a_session_goes_on_with_a_conversation_and_begins_another(loaded: Any, state: Path) -> None:
+    store = ConversationStore()
+    first = Session(loaded, "tiny", settings={"max_new_tokens": 2}, store=store)
+    finish(first, first.ask("hello", CancelToken()))
+    newest = store.newest()
+    assert newest is not None
+    store.rename(newest, "tea")
+    second = Session(loaded, "tiny", settings={"max_new_tokens": 2}, store=store, earlier=store.open(newest))
+    assert second.messages == first.messages
+    finish(second, second.ask("rice", CancelToken()))
+    assert [(entry.id, entry.title, entry.count) for entry in store.list().entries] == [(newest, "tea", 4)]
+    second.clear()
+    finish(second, second.ask("how are you?", CancelToken()))
+    assert {entry.title for entry in store.list().entries} == {"tea", "how are you?"}
 
 
 # --- MindFormers' door ---

@@ -22,9 +22,9 @@ import pytest
 import glmkit
 import tiny
 from glmkit import cli
-from glmkit.chat import transcript
 from glmkit.chat.messages import Message
 from glmkit.chat.session import Session
+from glmkit.chat.transcript import read_conversation
 from glmkit.terminal import printable
 from glmkit.terminal_loop import COMMANDS, ChatLoop
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
@@ -273,9 +273,9 @@ def test_keys(endless: Path, tmp_path: Path, terminals: list[Terminal]) -> None:
     terminal.expect(r"\[stopped\]")
     assert terminal.exit_code("\x03") == 130  # two within a second leave
     (path,) = conversations(tmp_path)
-    questions = [message.content for message in transcript.read(path).messages if message.role == "user"]
+    questions = [message.content for message in read_conversation(path).messages if message.role == "user"]
     assert questions == ["hello\nworld", "tea\nrice"]
-    answers = [message.content for message in transcript.read(path).messages if message.role == "assistant"]
+    answers = [message.content for message in read_conversation(path).messages if message.role == "assistant"]
     assert len(answers) == 2
     assert all(answers)
     history = tmp_path / "glmkit" / "input_history"
@@ -303,7 +303,7 @@ def test_a_kill_loses_the_answer_only(
     terminal.kill()
     terminals.clear()
     (path,) = conversations(tmp_path)
-    saved = transcript.read(path)
+    saved = read_conversation(path)
     assert [message.role for message in saved.messages] == ["system", "user", "assistant", "user"]
     assert saved.messages[2].content == glmkit.load(endless).chat("hello", system="rice", max_tokens=20).text
 
@@ -312,7 +312,7 @@ def test_a_kill_loses_the_answer_only(
     assert cli.run(["chat", "-c", "--max-tokens", "5"]) == 0
     assert "the last question has no answer; /retry" in capsys.readouterr().err
     assert conversations(tmp_path) == [path]
-    messages = transcript.read(path).messages
+    messages = read_conversation(path).messages
     assert messages[:4] == saved.messages
     expected = glmkit.load(endless).chat(list(saved.messages), max_tokens=5)
     assert messages == expected.messages

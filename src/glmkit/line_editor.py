@@ -11,7 +11,7 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 
-from glmkit.chat.transcript import state_folder
+from glmkit.chat.store import state_folder
 
 
 class LineEditor:

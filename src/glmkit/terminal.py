@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from glmkit.errors import UsageError
 if TYPE_CHECKING:
     from glmkit.chat.answers import AnswerStream, Reply
     from glmkit.chat.session import Session
-    from glmkit.chat.transcript import Transcript
+    from glmkit.chat.store import Conversation, ConversationStore
     from glmkit.engine.decode import CancelToken
 
 DEFAULT_MODEL = "glm-nano"
@@ -154,7 +153,7 @@ def _read_stdin() -> str:
 def _open_session(request: ChatRequest) -> Session:
     from glmkit.location import locate
 
-    earlier, path = _earlier(request)
+    store, earlier = _kept(request)
     name = request.model or (earlier.model if earlier else DEFAULT_MODEL)
     arguments = dict(request.loading)
     if earlier is not None and earlier.model == name and arguments.get("adapter") is None:
@@ -163,7 +162,7 @@ def _open_session(request: ChatRequest) -> Session:
     if sys.stderr.isatty():
         notice(f"loading {name} …")
     from glmkit.chat.session import Session
-    from glmkit.chat.transcript import BASE
+    from glmkit.chat.store import BASE
     from glmkit.loading import load
 
     loaded = load(name, **arguments)
@@ -177,9 +176,9 @@ def _open_session(request: ChatRequest) -> Session:
     session = Session(
         loaded,
         name,
-        messages=earlier.messages if earlier else (),
         settings=(earlier.settings if earlier else {}) | request.sampling,
-        path=path,
+        store=store,
+        earlier=earlier,
         warn=lambda text: notice(f"warning: {text}"),
     )
     if request.system is not None:
@@ -196,19 +195,20 @@ def fills_blanks(loaded: Any) -> bool:
     return getattr(loaded.tokenizer, "generation", None) == 0
 
 
-def _earlier(request: ChatRequest) -> tuple[Transcript | None, Path | None]:
-    """The conversation to continue, if any, and the file of the one that begins.
+def _kept(request: ChatRequest) -> tuple[ConversationStore | None, Conversation | None]:
+    """Where the conversation is kept, and the one to continue, if any.
 
     One question is kept on disk only as part of a conversation that it continues.
     """
-    from glmkit.chat import transcript
+    from glmkit.chat.store import ConversationStore
 
+    store = ConversationStore()
     if not request.continued:
-        return None, None if request.prompt is not None else transcript.new_path()
-    path = transcript.newest_path()
-    if path is None:
+        return None if request.prompt is not None else store, None
+    newest = store.newest()
+    if newest is None:
         raise UsageError("there is no earlier conversation to continue", hint="start one without --continue")
-    return transcript.read(path), path
+    return store, store.open(newest)
 
 
 # --- answering ---

@@ -10,6 +10,7 @@ from glmkit.chat.templates import prompt_ids
 from glmkit.errors import UsageError
 
 _RESERVE_TOKENS = 1024
+_SHORT_CHARACTERS = 16  # for each token of the context: a conversation that is worth reading whole
 
 
 def reserve_tokens(context_tokens: int, max_new_tokens: int | None) -> int:
@@ -48,11 +49,22 @@ def fit_context(
         UsageError: System messages and last turn alone fill the context.
     """
     head, turns = _split_turns(messages)
-    for dropped in range(len(turns)):
-        kept = [*head, *(message for turn in turns[dropped:] for message in turn)]
-        ids = prompt_ids(tokenizer, kept)
-        if len(ids) <= context_tokens - max(1, reserve_tokens):
-            return ids, dropped
+    room = context_tokens - max(1, reserve_tokens)
+
+    def ids_without(dropped: int) -> list[int]:
+        return prompt_ids(tokenizer, [*head, *(message for turn in turns[dropped:] for message in turn)])
+
+    dropped, last = _surely_too_old(tokenizer, turns, context_tokens), len(turns) - 1
+    ids = ids_without(dropped)
+    if len(ids) > room and dropped < last:
+        dropped += 1
+        while dropped < last:  # halving: a long conversation is not made into ids once for each of its turns
+            middle = (dropped + last) // 2
+            if len(ids_without(middle)) <= room:
+                last = middle
+            else:
+                dropped = middle + 1
+        ids = ids_without(dropped)
     if len(ids) >= context_tokens:
         raise UsageError(
             f"the message has {len(ids):,} tokens with the chat format and the system message; "
@@ -60,6 +72,19 @@ def fit_context(
             hint="shorten the message, send it in parts, or use a model with a longer context",
         )
     return ids, dropped
+
+
+def _surely_too_old(tokenizer: Any, turns: Sequence[Sequence[Message]], context_tokens: int) -> int:
+    """How many of the oldest turns can be left out unread, as those behind them fill the context more than once."""
+    texts = [[message.content for message in turn] for turn in turns]
+    if sum(len(text) for turn in texts for text in turn) <= _SHORT_CHARACTERS * context_tokens:
+        return 0
+    tokens = 0
+    for place in range(len(turns) - 1, -1, -1):
+        tokens += sum(len(tokenizer.encode_text(text)) for text in texts[place])
+        if tokens > 2 * context_tokens:  # twice: texts may have fewer tokens together than each for itself
+            return min(place + 1, len(turns) - 1)
+    return 0
 
 
 def _split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:

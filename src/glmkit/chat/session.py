@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from glmkit.chat import transcript
 from glmkit.chat.answers import AnswerStream, Reply
 from glmkit.chat.choices import Choices, canonical_name, choose, official_sampling
 from glmkit.chat.conversation import stream_reply
 from glmkit.chat.messages import Message
 from glmkit.chat.prompt_cache import PromptCache
+from glmkit.chat.store import BASE, Conversation, ConversationStore
 from glmkit.engine.decode import CancelToken
 from glmkit.errors import OutputError, UsageError
 
@@ -26,10 +27,11 @@ class Session:
     Args:
         loaded: The model and its tokenizer, a `glmkit.loading.Loaded`.
         name: What the user called the model.
-        messages: What was said before.
+        messages: What was said before; by default what `earlier` has.
         settings: Sampling settings by name, see `glmkit.chat.conversation.choose`; they overrule the model's own.
-        path: The conversation's file, written after every message; None keeps it in memory only.
-        warn: Told once if the file cannot be written.
+        store: Where the conversation is written after every message; None keeps it in memory only.
+        earlier: The conversation to go on with, under the same id.
+        warn: Told once if it cannot be written.
 
     Raises:
         UsageError: A setting does not exist or fit.
@@ -42,12 +44,14 @@ class Session:
         *,
         messages: Sequence[Message] = (),
         settings: dict[str, Any] | None = None,
-        path: Path | None = None,
+        store: ConversationStore | None = None,
+        earlier: Conversation | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
-        self.loaded, self.name, self.path, self._warn = loaded, name, path, warn
+        self.loaded, self.name, self.store, self._warn = loaded, name, store, warn
+        self._kept = earlier or Conversation(name)
         self.adapter: str | None = None if loaded.adapter is None else loaded.adapters.chosen
-        self.messages = list(messages)
+        self.messages = list(messages or self._kept.messages)
         self.settings = {canonical_name(setting): value for setting, value in (settings or {}).items()}
         self.last: Reply | None = None
         self.seed = 0  # of the last answer
@@ -180,11 +184,10 @@ class Session:
         return None if self.adapter is None else self.loaded.adapters.folders[self.adapter]
 
     def clear(self) -> None:
-        """Forgets everything but the system prompt; what is on disk stays, and a new file begins."""
+        """Forgets everything but the system prompt; what is on disk stays, and a new conversation begins."""
         self.messages = self.messages[: 1 if self.system is not None else 0]
         self.last = None
-        if self.path is not None:
-            self.path = transcript.new_path()
+        self._kept = Conversation(self.name)
 
     def undo(self) -> None:
         """Takes back the last question with all that came of it.
@@ -210,22 +213,28 @@ class Session:
 
     # --- disk ---
 
-    def transcript(self) -> transcript.Transcript:
+    def conversation(self) -> Conversation:
         """The conversation as it is written to disk."""
         given = self.loaded.adapter
         if isinstance(given, Mapping):
             adapter: str | dict[str, str] | None = {name: str(folder) for name, folder in given.items()}
         else:
             adapter = None if given is None else str(given)
-        active = None if given is None else self.adapter or transcript.BASE
-        return transcript.Transcript(self.name, tuple(self.messages), adapter, self.settings, active)
+        return replace(
+            self._kept,
+            model=self.name,
+            messages=tuple(self.messages),
+            adapter=adapter,
+            active=None if given is None else self.adapter or BASE,
+            settings=self.settings,
+        )
 
     def save(self) -> None:
-        """Writes the conversation to its file, if it has one; failing once is a warning, and ends the writing only."""
-        if self.path is None or not any(message.role != "system" for message in self.messages):
+        """Writes the conversation, if there is a store; failing once is a warning, and ends the writing only."""
+        if self.store is None or not any(message.role != "system" for message in self.messages):
             return
         try:
-            transcript.write(self.path, self.transcript())
+            self._kept = self.store.save(self.conversation())
         except OutputError as error:
-            self.path = None
+            self.store = None
             self._warn(f"this conversation is not being saved: {error.message}")

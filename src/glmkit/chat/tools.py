@@ -23,6 +23,11 @@ from glmkit.errors import GlmkitError, UsageError
 
 TOOLS_SENTENCE = "Answer the following questions as best as you can. You have access to the following tools:"
 INTERPRETER = "interpreter"  # the header line of code to run, which is no tool call
+# What tells ChatGLM3 that code it writes is run: the facts of the official demo's prompt, in words of our own.
+INTERPRETER_PROMPT = (
+    "你是名为ChatGLM的智能AI助手，连接着一台不能联网的电脑。解决任务时，你可以编写Python代码，运行后会得到结果；"
+    "如果运行结果有错误，请尽可能改进代码。用户上传的文件存放在/mnt/data/，你可以处理这些文件。"
+)
 MAX_CALL_CHARACTERS = 65_536
 MAX_DEPTH = 32
 _ASSISTANT = (
@@ -224,6 +229,25 @@ def _check_json(value: Any, name: str, depth: int) -> None:
         raise ToolCallError(f"the argument {name:.100} has a number that is not finite")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_json(item, name, depth - 1)
+
+
+def depth_of(value: Any) -> int:
+    """How deep lists and mappings are nested in a value; one that is neither has depth 0.
+
+    Args:
+        value: Plain values; counted up to a few levels more than MAX_DEPTH.
+    """
+    level, depth = [value], 0
+    while depth < 2 * MAX_DEPTH and any(isinstance(one, (Mapping, list, tuple)) for one in level):
+        level = [item for one in level for item in _inside(one)]
+        depth += 1
+    return depth
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return list(value) if isinstance(value, (list, tuple)) else []
 
 
 def parse_tool_call(text: str) -> dict[str, Any]:
