@@ -30,6 +30,9 @@ _VERB_SYNONYMS = {
     "diagnose": "doctor",
     "demo": "quickstart",
     "start": "quickstart",
+    "webui": "web",
+    "ui": "web",
+    "gradio": "web",
 }
 _NO_MEMORY_HINT = "--quantize int8 or int4, a smaller --dtype, a shorter conversation, or --device cpu"
 

@@ -1,0 +1,167 @@
+"""The models that clients can name: every base, and every adapter as a model of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from glmkit import __version__
+from glmkit.chat.following import Served
+from glmkit.engine.scheduler import BatchEngine
+from glmkit.errors import UsageError
+from glmkit.serve.failures import APIError
+from glmkit.serve.shapes import Model
+from glmkit.serve.structured import Structures
+from glmkit.serve.token_bytes import TokenTable
+
+LONGEST_TOKEN_CHARACTERS = 128  # only runs of blanks have longer tokens
+
+
+@dataclass(frozen=True)
+class Target:
+    """What answers a request.
+
+    Args:
+        served: The model.
+        adapter: Its adapter; None for the base.
+        name: What clients call it.
+        parts: What all requests to the model share.
+    """
+
+    served: Served
+    adapter: str | None
+    name: str
+    parts: Parts
+
+    @property
+    def engine(self) -> BatchEngine:
+        """What runs it."""
+        return self.served.engine
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return self.served.tokenizer
+
+    @property
+    def generation(self) -> int:
+        """1 to 4; 0 for models that fill blanks."""
+        generation: int = self.served.tokenizer.generation
+        return generation
+
+    def check_length(self, text: str, param: str) -> None:
+        """Refuses a text that cannot fit into the context, before it is made into tokens.
+
+        Args:
+            text: The text.
+            param: The field that has it.
+
+        Raises:
+            APIError: 400: it is longer than so many tokens can be.
+        """
+        most = LONGEST_TOKEN_CHARACTERS * self.served.context_tokens
+        if len(text) > most:
+            raise APIError(
+                400,
+                f"{param}: it has {len(text):,} characters; the model's context is {self.served.context_tokens:,} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the software and the model; as long as it stays, a seed gives the same answer."""
+        return "fp_" + hashlib.sha256(f"{__version__} {self.name}".encode()).hexdigest()[:10]
+
+
+class Parts:
+    """What is made once for a model, when it is first needed.
+
+    Args:
+        served: The model.
+    """
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    @cached_property
+    def tokens(self) -> TokenTable:
+        """The bytes of its tokens."""
+        return TokenTable(self._served.tokenizer)
+
+    @cached_property
+    def structures(self) -> Structures:
+        """Its grammars."""
+        return Structures(self._served.tokenizer, self._served.model.config.vocab_size)
+
+
+class Catalogue:
+    """All models of a server; the first is the one that requests without a name get.
+
+    Args:
+        served: One model, or several by name.
+
+    Raises:
+        UsageError: Two are called the same, or there is none.
+    """
+
+    def __init__(self, served: Served | Mapping[str, Served]) -> None:
+        self.served = {served.name: served} if isinstance(served, Served) else dict(served)
+        self._created = int(time.time())
+        self._targets: dict[str, Target] = {}
+        for name, one in self.served.items():
+            parts = Parts(one)
+            for adapter in (None, *one.adapters):
+                target = Target(one, adapter, adapter or name, parts)
+                if target.name in self._targets:
+                    raise UsageError(
+                        f"two models would be called {target.name!r}", hint="give the adapter another name: NAME=FOLDER"
+                    )
+                self._targets[target.name] = target
+        if not self._targets:
+            raise UsageError("there is no model to serve")
+
+    def find(self, name: str | None) -> Target:
+        """The model of a name.
+
+        Args:
+            name: What the client asks for; None is the first.
+
+        Raises:
+            APIError: 404: there is none.
+        """
+        if name is None:
+            return next(iter(self._targets.values()))
+        if name not in self._targets:
+            raise APIError(
+                404,
+                f"the model {name[:100]!r} does not exist here; GET /v1/models lists those that do",
+                "invalid_request_error",
+                param="model",
+                code="model_not_found",
+            )
+        return self._targets[name]
+
+    def describe(self) -> list[Model]:
+        """All of them, for /v1/models."""
+        return [self.describe_one(target) for target in self._targets.values()]
+
+    def describe_one(self, target: Target) -> Model:
+        """One of them.
+
+        Args:
+            target: It.
+        """
+        base = next(name for name, served in self.served.items() if served is target.served)
+        return Model(
+            id=target.name,
+            created=self._created,
+            owned_by="glmkit",
+            context_length=target.served.context_tokens,
+            root=base,
+            parent=None if target.adapter is None else base,
+        )

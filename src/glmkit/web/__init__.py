@@ -1,0 +1,1 @@
+"""The web app: chat, tools and code interpreter in one page."""
