@@ -249,14 +249,17 @@ def test_adapters_and_the_base_beside_them(best: str, name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", *QUANTISED])
-def test_more_rows_than_a_call_takes(best: str, kind: str) -> None:
+def test_more_rows_than_a_call_takes(best: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = prepared(kind)
-    prompts = prompts_for([1 + 7 * row % 50 for row in range(2 * MOST_TOKENS + 3)])
+    prompts = prompts_for([1 + 7 * row % 50 for row in range(65)])
     together, apart, run = Rows(model, prompts, room=1), Rows(model, prompts), rows_forward(model)
     run._model = None  # type: ignore[attr-defined]  # which native code must not need
+    call, rows_of_calls = run._runner._call, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(run._runner, "_call", lambda *given: rows_of_calls.append(given[1].rows) or call(*given))  # type: ignore[attr-defined]
     for step in range(2):
         ids = next_ids(len(prompts), step)
         assert torch.equal(run(ids, together.layouts, together.caches), apart.alone(ids))
+    assert rows_of_calls == 2 * [22, 22, 21]
     assert all(map(same, together.caches, apart.caches))
 
 
@@ -274,6 +277,14 @@ def test_threads_change_no_bit(best: str) -> None:
     apart = Rows(model, prompts)
     results.append(torch.stack([apart.alone(next_ids(4, step)) for step in range(3)]))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_row_that_is_longer_than_the_first_rotary_tables(best: str) -> None:
+    model = tiny()
+    together, apart, run = *(Rows(model, prompts_for((2046, 3))) for _ in range(2)), rows_forward(model)
+    run._model = None  # type: ignore[attr-defined]
+    for step in range(4):
+        assert torch.equal(run(next_ids(2, step), together.layouts, together.caches), apart.alone(next_ids(2, step)))
 
 
 def test_a_wrong_token_in_a_later_call_leaves_all_rows_as_they_were(best: str) -> None:

@@ -41,7 +41,7 @@ _PREFILL_SECONDS = 0.25  # that running streams wait for a part of a prompt
 _PREFILL_TOKENS = (16, 512)  # fewest and most of a part
 _TURN_SECONDS = 0.05  # for further parts in the same turn: short prompts enter together
 _SPEED_SECONDS = 10.0  # over which tokens per second are counted
-_SHARED_TOKENS = 32  # a prompt waits for another one that is being read if they share so many tokens more
+_SHARED_TOKENS = 32  # a prompt waits for another one that is being read if they share more
 
 
 class BatchEngine:
@@ -293,7 +293,7 @@ class BatchEngine:
         for other in self._reading:
             if other.reader == row.reader and self._can_share(other):
                 shared = common_tokens(other.ids, row.ids)
-                if shared > other.read_tokens + _SHARED_TOKENS:
+                if shared > max(other.read_tokens, _SHARED_TOKENS):
                     return True
         return False
 
