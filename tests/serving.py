@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 from types import SimpleNamespace, TracebackType
@@ -23,6 +24,7 @@ LOCAL = "http://localhost"
 CANARY = "canary-7f3a-lives-in-no-log"
 
 
+@functools.cache
 def quiet() -> Journal:
     """A log that nobody reads."""
     return Journal(os.open(os.devnull, os.O_WRONLY))

@@ -246,7 +246,11 @@ def test_code_that_ignores_interrupts_is_killed_and_the_next_run_starts_afresh(w
     assert time.monotonic() - begun < 30
     assert output.text == "[stopped after 0.5 s; variables and files are lost]"
     assert "NameError" in wait(kernel.run("x")).text
-    endless_in_c = wait(kernel.run("9 ** (10 ** 9)", seconds=0.5))
+    deaf = wait(kernel.run("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", seconds=0.5))
+    assert deaf.text == "[stopped after 0.5 s; variables and files are lost]"
+    endless_in_c = wait(
+        kernel.run("import collections, itertools\ncollections.deque(itertools.repeat(0), 0)", seconds=0.5)
+    )
     assert endless_in_c.text == "[stopped after 0.5 s; variables and files are lost]"
     wait(kernel.close())
 

@@ -23,12 +23,17 @@ sys.path.insert(0, str(NANO))
 
 import corpus  # noqa: E402
 import tokenizer as nano_tokenizer  # noqa: E402
-from world import advert, advert_en, arithmetic, facts, talk, words  # noqa: E402
+from world import advert, advert_en, arithmetic, facts, programs, services, talk, words  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def train() -> list[dict]:
     return list(corpus.train_records(seed=1, count=6000))
+
+
+@pytest.fixture(scope="module")
+def protocol() -> list[dict]:
+    return list(corpus.protocol_records(seed=1, count=1500))
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +66,17 @@ def test_kinds_have_their_shares(train: list[dict], heldout: list[dict]) -> None
     counts = Counter(record["kind"] for record in train)
     assert set(counts) == set(corpus.KINDS)
     assert counts["adgen"] / len(train) == pytest.approx(0.45, abs=0.02)
-    assert Counter(record["kind"] for record in heldout) == dict.fromkeys(corpus.KINDS, 100)
+    assert Counter(record["kind"] for record in heldout) == dict.fromkeys(corpus.KINDS + corpus.PROTOCOL_KINDS, 100)
 
 
-def test_records_are_valid_conversations(train: list[dict], heldout: list[dict]) -> None:
+def test_records_are_valid_conversations(train: list[dict], protocol: list[dict], heldout: list[dict]) -> None:
     follows = {
         "system": {"user"},
         "user": {"assistant"},
         "assistant": {"user", "observation"},
         "observation": {"assistant"},
     }
-    for record in train + heldout:
+    for record in train + protocol + heldout:
         assert set(record) == {"conversations", "kind"}
         messages = record["conversations"]
         roles = [message["role"] for message in messages]
@@ -79,17 +84,19 @@ def test_records_are_valid_conversations(train: list[dict], heldout: list[dict])
         assert roles[-1] == "assistant"
         assert "metadata" not in messages[-1]
         assert all(after in follows[before] for before, after in pairwise(roles))
-        assert all(message["content"].strip() == message["content"] != "" for message in messages)
+        for message in messages:  # what a program printed may end with a line feed
+            text = message["content"]
+            assert text.strip() == (text.removesuffix("\n") if message["role"] == "observation" else text) != ""
         for before, after in pairwise(messages):
             assert ("metadata" in before) == (after["role"] == "observation")
 
 
-def test_tool_calls_are_literal_and_match_the_offer(train: list[dict]) -> None:
+def test_tool_calls_are_literal_and_match_the_offer(train: list[dict], protocol: list[dict]) -> None:
     seen = 0
-    for record in train:
+    for record in train + [record for record in protocol if record["kind"] != "code"]:
         offered = {tool["name"]: tool["parameters"] for tool in record["conversations"][0].get("tools", [])}
         for message in record["conversations"]:
-            if message["role"] == "observation":
+            if message["role"] == "observation" and not message["content"].startswith("The tool get_"):
                 assert isinstance(json.loads(message["content"]), dict)
             if "metadata" not in message:
                 continue
@@ -103,6 +110,72 @@ def test_tool_calls_are_literal_and_match_the_offer(train: list[dict]) -> None:
             arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
             assert list(arguments) == offered[message["metadata"]]["required"]
     assert seen > 400
+
+
+def test_the_third_stage_has_all_kinds_and_keeps_calls_back(protocol: list[dict], heldout: list[dict]) -> None:
+    counts = Counter(record["kind"] for record in protocol)
+    assert set(counts) == {*corpus.KINDS, *corpus.PROTOCOL_KINDS, "repeat", "mixed"}
+    assert counts["service"] + counts["code"] > len(protocol) / 4
+
+    def calls(records: list[dict]) -> set[tuple[str, str]]:
+        wanted = [record for record in records if record["kind"] in corpus.PROTOCOL_KINDS]
+        turns = [message for record in wanted for message in record["conversations"] if "metadata" in message]
+        return {(message["metadata"], message["content"]) for message in turns}
+
+    assert len(calls(heldout)) > 120
+    assert not calls(protocol) & calls(heldout)
+
+
+def test_answers_copy_what_the_tool_returned(protocol: list[dict]) -> None:
+    for record in protocol:
+        messages = record["conversations"]
+        for before, after in pairwise(messages):
+            if record["kind"] == "service" and before["role"] == "observation":
+                if before["content"].startswith("The tool get_"):
+                    assert before["content"].split("'")[1] in after["content"]
+                    continue
+                assert all(str(value) in after["content"] for value in json.loads(before["content"]).values())
+
+
+def test_calculations_are_right() -> None:
+    rng = random.Random(3)
+    for _ in range(500):
+        episode = services._calculator(rng, True)
+        assert re.fullmatch(r"[-\d.+*/() ]+", episode.arguments["expression"])
+        exact = eval(episode.arguments["expression"])
+        assert episode.observation["result"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_programs_print_what_their_observation_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """All but those that draw, wait, fail or touch files run here; each prints what the corpus says."""
+    quiet = {programs._curve, programs._chart, programs._wait, programs._file, programs._fail}
+    rng = random.Random(4)
+    for draw, _ in programs._ROUNDS:
+        for _ in range(0 if draw in quiet else 25):
+            _, program, shown, answer = draw(rng, rng.random() < 0.5)
+            exec(program, {})
+            assert capsys.readouterr().out.strip() == shown
+            assert shown in answer or shown in ("True", "False")
+        for _ in range(10 if draw in quiet else 0):
+            ast.parse(draw(rng, True)[1])
+
+
+def test_the_interpreter_prompt_is_the_packages() -> None:
+    from glmkit.chat.tools import INTERPRETER_PROMPT
+
+    assert INTERPRETER_PROMPT in programs.SYSTEMS
+
+
+def test_the_tools_are_those_of_the_package() -> None:
+    examples = pytest.importorskip("glmkit.tools.examples")
+    from glmkit.tools.registry import Registry
+
+    registry = Registry()
+    for function in examples.SAFE_TOOLS:
+        registry.add(function)
+    for ours, theirs in zip(services.SERVICES, registry.schemas(), strict=True):
+        theirs["description"] = theirs["description"].removesuffix(".")  # training shows both
+        assert json.dumps(theirs) == json.dumps(ours.schema(False))
 
 
 def test_heldout_prompts_are_unseen(train: list[dict], heldout: list[dict]) -> None:

@@ -55,7 +55,8 @@ def test_program_finds_its_folders_and_nothing_of_the_host(full: None) -> None:
         code = """
 import json, os, sys
 print(json.dumps([os.getcwd(), os.environ["HOME"], sorted(os.environ), os.getuid(), open(sys.argv[1]).read(),
-                  os.listdir("/mnt"), os.path.exists("/sys"), os.path.exists("/usr/bin/env"), sys.stdin.read()]))
+                  sorted(os.listdir("/mnt")), os.path.exists("/sys"), os.path.exists("/usr/bin/env"),
+                  sys.stdin.read()]))
 """
         process = place.start(
             [*python(code), str(place.home_inside / "settings")], files={"settings": b"given"}, output=output.fileno()
@@ -64,7 +65,7 @@ print(json.dumps([os.getcwd(), os.environ["HOME"], sorted(os.environ), os.getuid
         output.seek(0)
         environment = ["HOME", "LANG", "PATH"]
         assert json_of(output.read()) == [
-            "/mnt/data", "/home/user", environment, 1000, "given", ["data"], False, False, "",
+            "/mnt/data", "/mnt/home", environment, 1000, "given", ["data", "home"], False, False, "",
         ]  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_host_reads_files_and_reaches_sockets_until_the_end(full: None) -> None:
 import socket
 open("result", "w").write("42")
 server = socket.socket(socket.AF_UNIX)
-server.bind("/home/user/socket")
+server.bind("/mnt/home/socket")
 server.listen()
 server.accept()[0].sendall(b"hello")
 """
@@ -349,6 +350,7 @@ X86, ARM = ("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)
         (X86, (16, 1, 0x5412), "EPERM"), (X86, (16, 1, 0x541C), "EPERM"), (ARM, (29, 1, 0x5412), "EPERM"),  # TIOCSTI
         (X86, (16, 1, 0x5412 | 1 << 32), "EPERM"), (X86, (16, 1, 0x5401), "allow"),
         (X86, (157, 22), "EPERM"), (X86, (157, 1), "EPERM"), (X86, (157, 15), "allow"),  # prctl
+        (X86, (144, 7, 0), "allow"), (X86, (144, 7, 1), "EPERM"),  # sched_setscheduler
         (X86, (302, 0), "allow"), (X86, (302, 1), "EPERM"), (ARM, (261, 1), "EPERM"),  # prlimit64 of others
         (X86, (90, 0, 0o4755), "EPERM"), (X86, (90, 0, 0o755), "allow"), (ARM, (53, 0, 0, 0o2755), "EPERM"),  # chmod
         (X86, (72, 0, 8), "EPERM"), (X86, (72, 0, 1030), "allow"),  # fcntl F_SETOWN

@@ -97,7 +97,7 @@ ATTACKS = [
            "assert b'SECRET=1' in Path('/proc/%d/environ' % aim['victim']).read_bytes()"),
     Attack("X-02 descriptors of another process", OTHER_PROCESSES, "assert os.listdir('/proc/%d/fd' % aim['victim'])"),
     Attack("X-02 root of another process", OTHER_PROCESSES, "assert os.listdir('/proc/%d/root/' % aim['victim'])"),
-    Attack("X-03 write outside", FILES, "Path(aim['folder'], 'written').write_text('here')"),
+    Attack("X-03 write outside", FILES, "open(Path(aim['folder'], 'key'), 'r+').write('secret')"),
     Attack("X-05 hard link to a file of the server", FILES, "os.link(Path(aim['folder'], 'key'), 'linked')"),
     Attack("X-07 fill the disk", FILES | NUMBERS, "for i in range(6): Path(f'big{i}').write_bytes(bytes(4 << 20))"),
     Attack("X-08 many files", FILES | NUMBERS, "for i in range(300): Path(f'small{i}').touch()"),
@@ -212,7 +212,7 @@ if not reached: raise OSError('none of them exists')
     Attack("X-40 a system call past Python", NETWORK, """
 call(41, 198, 2, 1, 0)
 """),
-    Attack("X-41 write to /proc", FILES | {"pid"}, "Path('/proc/self/oom_score_adj').write_text('900')"),
+    Attack("X-41 write to /proc", FILES | {"pid"}, "Path('/proc/self/comm').write_text('other')"),
     Attack("X-46 secrets in the environment", frozenset({"environment"}),
            "if 'GLMKIT_TEST_SECRET' not in os.environ: raise OSError"),
 ]  # fmt: skip
@@ -357,6 +357,8 @@ def test_attack_is_stopped(attack: Attack, outcomes: Outcomes) -> None:
 def test_attack_succeeds_without_its_layers(attack: Attack, outcomes: Outcomes, aim: dict[str, Any]) -> None:
     if "IPv6" in attack.name and aim["port6"] == 1:
         pytest.skip("no IPv6 here")
+    if "identity" in attack.off and os.geteuid() != 0 and not attack.off & NAMESPACES:
+        pytest.skip("an ordinary user loses capabilities with exec in any case")
     assert outcomes(attack.off)[attack.name] == "through"
 
 
@@ -527,6 +529,21 @@ def test_watchdog_ends_fork_bombs_alone() -> None:
     assert run(code, off=frozenset({"rlimits"})).reason == "processes"
 
 
+def test_open_files_are_counted_together() -> None:
+    """X-24: sockets of many processes hold memory that is nobody's."""
+    code = """
+import os, socket, time
+for _ in range(8):
+    if os.fork() == 0:
+        held = [socket.socketpair() for _ in range(100)]
+        time.sleep(9)
+time.sleep(1)
+print("through")
+"""
+    assert run(code).reason == "open files"
+    assert run(code, off=frozenset({"watchdog"})).text == "through\n"
+
+
 def test_a_crash_stays_inside() -> None:
     """X-27: deep recursion in C."""
     ended = run("held = []\nfor _ in range(10**5): held = [held]\nimport sys; sys.setrecursionlimit(10**9); repr(held)")
@@ -603,7 +620,7 @@ def test_sessions_do_not_see_each_other() -> None:
         with Sandbox(Level.FULL, LIMITS, without=off) as place:
             first = place.start([python, "-I", "-S", "-c", "open('mine', 'w').write('1'); import time; time.sleep(60)"])
             assert ends_within(10, lambda: (first.data / "mine").exists())
-            path = first.data if off else Path(f"/proc/{first.pid}/root/mnt/data")
+            path = first.data if off else Path("/proc", str(first.pid), "root", "mnt", "data")
             return run(read, f"{path}/mine", off=off)
 
     assert "Error" in attempt(frozenset()).text
@@ -722,7 +739,7 @@ def test_everything_ends_with_the_server(level: str) -> None:
 def test_a_failure_of_the_second_start_is_not_overlooked(own_launcher: Path) -> None:
     """X-52: the namespaces of the first start prove nothing about the second."""
     rights = own_launcher / "rights.py"
-    program = [sys.executable, "-I", "-S", "-c", "open('/home/user/ran', 'w')"]
+    program = [sys.executable, "-I", "-S", "-c", "open('/mnt/home/ran', 'w')"]
     with Sandbox(Level.FULL) as place:
         assert place.start(program).wait(10) == 0
     rights.write_text(rights.read_text().replace("_libc.unshare(ctypes.c_int(flags))", "_libc.unshare(-1)"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import glmkit
 from glmkit.chat.following import Served, serve
 from glmkit.chat.messages import Message
 from glmkit.chat.templates import answer_ids, conversation_ids, prompt_ids
+from glmkit.chat.tools import ToolCallError, parse_json_call, parse_tool_call
 from glmkit.engine.decode import Step, Usage
 from glmkit.errors import GenerationError, QueueFullError
 from glmkit.serve.app import create_app
@@ -289,7 +291,7 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"-1": 1}}, "logit_bias.-1"),
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
     ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
-    ({"logit_bias": {"999999": 1}}, "messages"),
+    ({"logit_bias": {"999999": 1}}, "logit_bias"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": 1}, "logprobs"),
@@ -325,6 +327,11 @@ _REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"metadata": {"a": 1}}, "metadata.a"),
     ({"modalities": ["audio"]}, "modalities[0]"),
+    ({"chat_template": "{{ x }}"}, "chat_template"),
+    ({"chat_template_kwargs": {}}, "chat_template_kwargs"),
+    ({"guided_regex": "(a+)+"}, "guided_regex"),
+    ({"prompt_logprobs": 2**31}, "prompt_logprobs"),
+    ({"best_of": 2**31}, "best_of"),
 ]
 
 
@@ -369,11 +376,11 @@ def test_what_does_not_fit_is_refused_by_its_name(api: TestClient, change: dict[
     ids=lambda value: repr(value)[:40],
 )
 def test_json_is_read_strictly(api: TestClient, body: bytes, status: int) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     response = api.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert response.status_code == status
     assert response.json()["error"]["type"] == "invalid_request_error"
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -416,19 +423,19 @@ def test_oldest_turns_that_do_not_fit_are_told(api: TestClient) -> None:
 
 def test_long_conversations_of_short_turns_cost_little(api: TestClient) -> None:
     turns = [{"role": role, "content": "一二三四五六七八" * 10} for role in ("user", "assistant")] * 4999
-    started = time.monotonic()
+    started = time.process_time()
     assert ask(api, messages=[*turns, *HELLO], max_tokens=2)["dropped_turns"] > 4900
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("unit", [" ", "好", "\u200b", "ab", "\n", "👩\u200d👧", "7"])
 def test_a_megabyte_of_one_kind_is_refused_soon(api: TestClient, unit: str) -> None:
     text = unit * (1_000_000 // len(unit.encode()))
-    started = time.monotonic()
+    started = time.process_time()
     response = api.post(CHAT, json={"messages": [{"role": "user", "content": text}]})
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 # --- tools ---
@@ -627,6 +634,84 @@ def test_what_is_no_call_comes_back_as_text(tokenizer: ChatGLMTokenizer, name: s
     assert "tool_calls" not in choice["message"]
     assert choice["message"]["content"] == f"{name}\n{text}" == "".join(delta.get("content", "") for delta in deltas)
     assert ("malformed_tool_call" in choice["message"]) is offered is ("malformed_tool_call" in deltas[-1])
+
+
+def test_stop_texts_are_not_looked_for_in_calls(tokenizer: ChatGLMTokenizer) -> None:
+    spoken = say(tokenizer, "我来看看", end="<|assistant|>")
+    call = say(tokenizer, "```python\ntool_call(city='北京')\n```", "get_weather", "<|observation|>")
+    with client_of(scripted(tokenizer, Script(spoken + call))) as client:
+        (choice,) = ask(client, tools=TOOLS, stop=["city", "get_weather"])["choices"]
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+        (choice,) = ask(client, tools=TOOLS, stop="看看")["choices"]
+        assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", "我来")
+        assert "tool_calls" not in choice["message"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\n" + " " * 65_000,
+        "```python\n" + "`" * 65_000,
+        "```python\ntool_call(" + "class=1," * 7_000 + ")",
+        "tool_call(a=" + "(" * 65_000,
+        "{" * 65_000,
+        "{" * 1_000_000,
+    ],
+    ids=["blanks", "fences", "keywords", "parentheses", "braces", "megabyte"],
+)
+def test_reading_a_call_takes_linear_time(text: str) -> None:
+    started = time.process_time()
+    with suppress(ToolCallError):
+        parse_tool_call(text)
+    with suppress(ToolCallError):
+        parse_json_call(text)
+    assert time.process_time() - started < 3
+
+
+# --- any text ---
+
+_PARTS = ["你好", "天气 很好", "👩\u200d👩\u200d👧", "🇨🇳", "สวัสดี", "e\u0301\u0327", "한글", "tea", "<|user|>"]
+_PARTS += [" ", "\n", "\ufffd", "\x00"]
+
+
+def check_a_text(client: TestClient, script: Script, tokenizer: ChatGLMTokenizer, chance: random.Random) -> None:
+    """Whatever a model writes and whatever ends it, the stream and the whole answer say the same."""
+    text = "".join(chance.choices(_PARTS, k=chance.randint(1, 8)))
+    ids = tokenizer.encode_text(text)
+    for _ in range(chance.choice([0, 0, 2])):
+        ids.insert(chance.randint(0, len(ids)), chance.randint(3, 258))  # a byte alone
+    plain = tokenizer.decode_ids(ids)
+    stops = []
+    for _ in range(chance.randint(0, 3)):
+        start = chance.randrange(len(plain)) if plain else 0
+        stops.append(chance.choice([plain[start : start + chance.randint(1, 5)], "never", "天气"]) or "x")
+    script.ids = [*ids, 2]
+    limit = chance.choice([None, chance.randint(1, len(ids) + 2)])
+    body = {"prompt": "a", "stop": stops, **({} if limit is None else {"max_tokens": limit})}
+    body.setdefault("max_tokens", 1000)
+    whole = ask(client, "/v1/completions", **body)
+    usage = {"stream_options": {"include_usage": True}}
+    *chunks, last, done = events(client.post("/v1/completions", json={**body, "stream": True, **usage}).text)
+    pieces = [chunk["choices"][0]["text"] for chunk in chunks]
+    (choice,) = whole["choices"]
+    assert done == "[DONE]"
+    assert "".join(pieces) == choice["text"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    assert last["usage"] == whole["usage"]
+    assert not any(stop in choice["text"] for stop in stops)
+    assert sum(piece.count("\ufffd") for piece in pieces) == choice["text"].count("\ufffd")
+    if limit is None and not any(stop in plain for stop in stops):
+        assert choice["text"] == plain  # what was held back is given out at the end
+    else:
+        assert plain.startswith(choice["text"].rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_any_text_and_any_stops(tokenizer: ChatGLMTokenizer, count: int) -> None:
+    chance, script = random.Random(count), Script()
+    with client_of(scripted(tokenizer, script)) as client:
+        for _ in range(count):
+            check_a_text(client, script, tokenizer, chance)
 
 
 # --- log-probabilities ---

@@ -1,4 +1,4 @@
-"""Requests that no client would send, made from the OpenAPI document and from raw bytes: refused, and nothing breaks."""
+"""Requests that no client would send, from the OpenAPI document and from raw bytes: refused, and nothing breaks."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ REFUSED_BYTES: dict[str, tuple[bytes, bytes]] = {
     "length and chunks": (POST + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"400"),
     "two lengths": (POST + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabc", b"400"),
     "negative length": (POST + b"Content-Length: -3\r\n\r\n", b"400"),
-    "other coding": (POST + b"Transfer-Encoding: gzip\r\n\r\n", b"501"),
+    "other coding": (POST + b"Transfer-Encoding: gzip\r\n\r\n", b"400"),
     "long line": (GET + b"X: " + b"y" * 65_536 + b"\r\n\r\n", b"4"),
     "10,000 headers": (GET + b"".join(b"X-%d: y\r\n" % n for n in range(10_000)) + b"\r\n", b"4"),
     "folded header": (GET + b"X: y\r\n z\r\n\r\n", b"200"),
@@ -137,6 +137,9 @@ REFUSED_BYTES: dict[str, tuple[bytes, bytes]] = {
     ),
     "text": (POST.replace(b"application/json", b"text/plain") + b"Content-Length: 2\r\n\r\n{}", b"415"),
 }
+
+
+PIECES = (b"\r\n", b"\x00", b"\xff", b": ", b"\r\n\r\n", b"0")
 
 
 def is_well(app: Any) -> bool:
@@ -186,9 +189,7 @@ def test_broken_requests_break_nothing(app: Any, count: int) -> None:
             elif way == 1:
                 del case[place : place + chance.randint(1, 20)]
             elif way == 2:
-                case[place:place] = chance.choice(
-                    [b"\r\n", b"\x00", b"\xff", b": ", b"\r\n\r\n", b"0"]
-                ) * chance.randint(1, 5)
+                case[place:place] = chance.choice(PIECES) * chance.randint(1, 5)
             else:
                 case = case[: place + 20]
             if len(case) < 30:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import random
+import re
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import glmkit
 from glmkit.errors import UsageError
+from glmkit.serve.app import create_app
 from glmkit.serve.origins import host_is_allowed, origin_is_allowed
 from glmkit.serve.protection import OPEN_PATHS
 from glmkit.serve.settings import ApiKey, Settings, matching_key, read_key_file
-from serving import CANARY, LOCAL, FakeEngine, Lines, Listening, ask, client, fake_app
+from serving import CANARY, LOCAL, FakeEngine, Lines, Listening, ask, client, fake_app, quiet
 
 KEY = "key-0123456789abcdef"
 OTHER_KEY = "key-fedcba9876543210"
@@ -460,3 +465,98 @@ def test_refusals_have_the_form_of_openai_errors() -> None:
         answer = ask(app, method, path)
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+# --- the application with a model behind it ---
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Any]:
+    from glmkit.chat.following import serve
+
+    one = serve(glmkit.load("glm-nano"), "glm-nano", max_running=2, max_waiting=4)
+    yield one
+    one.close()
+
+
+def routes_of(app: Any) -> list[tuple[str, str]]:
+    return [
+        (method, re.sub(r"{[^}]*}", "x", route.path))
+        for route in app.routes
+        for method in sorted(getattr(route, "methods", None) or ["GET"])
+    ]
+
+
+def test_every_route_needs_the_key(served: Any) -> None:
+    app = create_app(served, with_keys(), quiet())
+    routes = routes_of(app)
+    assert len(routes) > 15
+    for method, path in routes:
+        for kind, headers in WRONG_KEYS.items():
+            status = ask(app, method, path, headers=headers).status_code
+            assert (status == 401) is (path not in OPEN_PATHS), (method, path, kind, status)
+
+
+def test_only_json_is_taken_so_no_form_of_another_page_can_ask(served: Any) -> None:
+    app = create_app(served, Settings(), quiet())
+    body = json.dumps({"model": "glm-nano", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}).encode()
+    for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/"):
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+            headers = {"Content-Type": kind} if kind else {}
+            assert ask(app, "POST", path, content=body, headers=headers).status_code == 415
+        squeezed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        assert ask(app, "POST", path, content=gzip.compress(body), headers=squeezed).status_code == 415
+
+
+def test_a_whole_conversation_leaves_no_trace_in_log_and_figures(served: Any) -> None:
+    lines = Lines()
+    app = create_app(served, with_keys(), lines.journal)
+    bodies: list[dict[str, Any]] = [
+        {"model": "glm-nano", "messages": [{"role": "user", "content": CANARY}], "max_tokens": 3},
+        {"model": "glm-nano", "messages": [{"role": "user", "content": CANARY}], "max_tokens": 3, "stream": True},
+        {"model": CANARY, "messages": [{"role": "user", "content": "a"}]},
+        {"model": "glm-nano", "messages": [{"role": "user", "content": CANARY * 500}]},
+        {"model": "glm-nano", "messages": [{"role": CANARY, "content": CANARY}]},
+        {"model": "glm-nano", "messages": [{"role": "user", "content": "a"}], CANARY: 1},
+    ]
+    statuses = [ask(app, "POST", "/v1/chat/completions", json=body, headers=BEARER).status_code for body in bodies]
+    assert statuses[:3] == [200, 200, 404]
+    figures = ask(app, "GET", "/metrics", headers=BEARER).text
+    log = lines.text()
+    assert log.count('"event": "request"') == len(bodies)
+    for text in (log, figures):
+        assert CANARY not in text
+        assert KEY not in text
+    assert "glmkit_first_token_seconds_count 3.0" in figures
+    assert 'glmkit_engine_finished_total{model="glm-nano"}' in figures
+
+
+def test_neither_models_nor_errors_tell_paths_of_this_machine(served: Any) -> None:
+    app = create_app(served, Settings(), quiet())
+    told = [ask(app, "GET", path).text for path in ("/v1/models", "/v1/models/none", "/openapi.json", "/ready")]
+    folder = str(Path(glmkit.__file__).parent)
+    assert not [text for text in told if folder in text or str(Path.home()) in text]
+
+
+def test_the_next_free_row_is_for_the_key_with_fewest(served: Any) -> None:
+    app = create_app(served, with_keys(KEY, OTHER_KEY), quiet())
+    unending = {str(token): -100 for token in (2, 6140, 6141, 6142, 6143)}
+    body = {"model": "glm-nano", "prompt": "a", "max_tokens": 40, "logit_bias": unending}
+    order: list[str] = []
+
+    async def send(session: httpx.AsyncClient, name: str, key: str) -> None:
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = await session.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 200
+        order.append(name)
+
+    async def flood() -> None:
+        async with client(app, timeout=60) as session:
+            greedy = [asyncio.create_task(send(session, "greedy", KEY)) for _ in range(4)]
+            while served.engine.state().waiting < 2:
+                await asyncio.sleep(0.001)
+            await asyncio.gather(*greedy, send(session, "other", OTHER_KEY))
+
+    asyncio.run(flood())
+    assert order.index("other") <= 3
+    assert order[-1] == "greedy"

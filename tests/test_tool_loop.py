@@ -53,6 +53,8 @@ class ScriptedEngine:
         self.prompts: list[list[int]] = []
         self.given: list[dict[str, Any]] = []
         self.cancelled = 0
+        self.pause_seconds = 0.0  # between two tokens
+        self.written = 0
 
     def check_room(self, places: int = 1) -> None:
         if self.answers and isinstance(self.answers[0], QueueFullError):
@@ -82,6 +84,8 @@ class ScriptedEngine:
                 self.cancelled += 1
                 generation.put(Step(NO_TOKEN, 0.0, "cancelled"))
                 return
+            time.sleep(self.pause_seconds)
+            self.written += 1
             last = token == answer[-1]
             generation.put(Step(token, 0.0, "stop" if token in stop_ids else "length" if last else None))
 
@@ -590,6 +594,22 @@ def test_cancelled_while_it_writes(tokenizer: Any) -> None:
     assert (last.reason, serving.engine.cancelled) == ("cancelled", 1)
     assert last.messages[-1].content.startswith("I like tea")
     assert seconds < 2
+
+
+def test_cancelling_costs_one_token_at_most(tokenizer: Any) -> None:
+    serving = served(tokenizer, said(tokenizer, Message("assistant", "I like tea and rice, " * 20)))
+    serving.engine.pause_seconds = 0.005
+    cancel, written = CancelToken(), 0
+
+    async def stop() -> None:
+        nonlocal written
+        async for event in take_turn(serving, [QUESTION], cancel=cancel):
+            if isinstance(event, Text) and not cancel.cancelled:
+                cancel.cancel()
+                written = serving.engine.written
+
+    asyncio.run(stop())
+    assert 0 < written < serving.engine.written + 1 <= written + 2
 
 
 @pytest.mark.parametrize("kind", ["call", "code"])

@@ -13,10 +13,10 @@ import io
 import json
 import keyword
 import math
-import re
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from glmkit.errors import GlmkitError, UsageError
@@ -73,7 +73,6 @@ GLM4_BUILT_IN = {
     ),
 }
 _KEYWORD_MARK = "__keyword__"
-_FENCE = re.compile(r"\s*```[^\n`]*\n(?P<code>.*?)(?:\n?[ \t]*```\s*)?", re.DOTALL)
 
 
 class ToolCallError(GlmkitError, ValueError):
@@ -264,8 +263,7 @@ def parse_tool_call(text: str) -> dict[str, Any]:
     """
     if len(text) > MAX_CALL_CHARACTERS:
         raise ToolCallError(f"the tool call has {len(text)} characters, expected at most {MAX_CALL_CHARACTERS}")
-    fenced = _FENCE.fullmatch(text)
-    code = (fenced["code"] if fenced else text).strip()
+    code = _inside_fence(text)
     try:
         call = _expression(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -286,6 +284,14 @@ def parse_tool_call(text: str) -> dict[str, Any]:
     return arguments
 
 
+def _inside_fence(text: str) -> str:
+    """The text inside a Markdown fence that may have no end, or the text itself; in time linear in its length."""
+    first, newline, rest = text.lstrip().partition("\n")
+    if not newline or not first.startswith("```") or "`" in first[3:]:
+        return text.strip()
+    return rest.rstrip().removesuffix("```").strip()
+
+
 def _expression(code: str) -> ast.expr:
     """The code as a tree; arguments may be called as words of Python are, which models write as they learnt it."""
     try:
@@ -304,11 +310,15 @@ def _mark_keywords(code: str) -> str:
     except (tokenize.TokenError, SyntaxError):
         return code
     lines = code.split("\n")  # as tokenize counts them; splitlines would also cut at U+2028
-    for before, token, after in reversed(list(zip(tokens, tokens[1:], tokens[2:]))):
+    ends: list[list[int]] = [[0] for _ in lines]
+    for before, token, after in zip(tokens, tokens[1:], tokens[2:]):
         if keyword.iskeyword(token.string) and before.string in ("(", ",") and after.string == "=":
             row, column = token.end
-            lines[row - 1] = lines[row - 1][:column] + _KEYWORD_MARK + lines[row - 1][column:]
-    return "\n".join(lines)
+            ends[row - 1].append(column)
+    return "\n".join(
+        _KEYWORD_MARK.join(line[start:end] for start, end in pairwise([*columns, len(line)]))
+        for line, columns in zip(lines, ends)
+    )
 
 
 def _literal(node: ast.expr, name: str, depth: int) -> Any:

@@ -132,7 +132,7 @@ class Kernel:
                     return Output("[the code did not run: no longer wanted]", (), True, 0.0)
                 begun = time.monotonic()
                 content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
-                await life.ask(run, "execute_request", {**content, "allow_stdin": False, "stop_on_error": False})
+                life.ask(run, "execute_request", {**content, "allow_stdin": False, "stop_on_error": False})
                 note = await self._watch(life, run, seconds)
             except (GlmkitError, OSError) as error:
                 note = f"the code interpreter cannot run: {getattr(error, 'message', error)}"

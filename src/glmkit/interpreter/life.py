@@ -149,7 +149,7 @@ class Life:
         """Asks for the kernel's name until both the answer and what is published arrive."""
         while True:
             self.run = run = Run()
-            await self.ask(run, "kernel_info_request", {})
+            self.ask(run, "kernel_info_request", {})
             answered = await within(1.0, run.over)
             if self.dead:
                 raise WireError("it ended while it started")
@@ -157,14 +157,14 @@ class Life:
                 self.rest()
                 return
 
-    async def ask(self, run: Run, kind: str, content: dict[str, Any]) -> None:
+    def ask(self, run: Run, kind: str, content: dict[str, Any]) -> None:
         """Sends a request; what answers it goes to `run`."""
         for channel in self._channels.values():
             channel.limit_bytes = channel.received_bytes + self.rules.flood_bytes + _DRAIN_BYTES
         self._flood_at = self._channels["published"].received_bytes + self.rules.flood_bytes
         run.request, parts = self._signer.write(kind, content)
         self.run = run
-        await self._channels["shell"].send(parts)
+        self._channels["shell"].send(parts)
 
     def interrupt(self) -> None:
         """What Ctrl-C does. Goes past the kernel's control channel: that may be busy, or not what it was."""

@@ -53,6 +53,7 @@ _START_SECONDS = 20.0
 _END_SECONDS = 3.0
 _USER_INSIDE = 1000
 _MACHINE_FACTS = ("stat", "meminfo", "cpuinfo", "uptime", "loadavg", "filesystems", "version")
+_WATCHED = ("memory_bytes", "disk_bytes", "files", "processes", "open_files")
 _PROCESSORS = "/sys/devices/system/cpu"
 
 
@@ -66,7 +67,7 @@ class Limits:
         files: Number of files and folders.
         processes: Number of processes and threads.
         cpu_seconds: Processor time of one process.
-        open_files: Open files of one process.
+        open_files: Open files of one process; all together twice as many.
     """
 
     memory_bytes: int = 1 << 30
@@ -137,7 +138,7 @@ class Process:
 
     @property
     def reason(self) -> str | None:
-        """Why the watchdog ended it: "memory", "disk", "files", "processes". None if it did not, or while it runs."""
+        """The limit for which the watchdog ended it: memory, disk, files, processes, open files. None if it did not."""
         if self._reason is None and self.poll() is not None:
             try:
                 self._reason = _facts(self._server).get("reason")
@@ -289,9 +290,7 @@ class Sandbox:
             "landlock": rules.as_json(),
             "seccomp": _system_calls(signals_are_scoped).hex(),
             "rlimits": self._limits.of_one_process(),
-            "watched": {
-                name: getattr(self._limits, name) for name in ("memory_bytes", "disk_bytes", "files", "processes")
-            },
+            "watched": {name: getattr(self._limits, name) for name in _WATCHED},
             "user": _USER_INSIDE if namespaces else user,
             "maps_root": user is not None,
             "uid_map": _map(outside[0], user),
@@ -310,7 +309,7 @@ class Sandbox:
         return path_rules(listed=listed, readable=readable, runnable=files.runnable, own=own, devices=tree.DEVICES)
 
 
-_CURE = "`glm doctor` says which layers this machine has; docs/interpreter.md says what each needs"
+_CURE = "docs/interpreter.md, section Isolation, says what each layer needs"
 
 
 def _system_calls(signals_are_scoped: bool) -> bytes:

@@ -19,11 +19,11 @@ _SYSTEM_DATA = (
 )  # fmt: skip
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 
-OWN_FOLDERS = {"data": "/mnt/data", "home": "/home/user", "tmp": "/tmp", "shm": "/dev/shm"}
+OWN_FOLDERS = {"data": "/mnt/data", "home": "/mnt/home", "tmp": "/tmp", "shm": "/dev/shm"}
 """Folders that can be written to: what they are for -> where they are seen at level FULL."""
 
 _TEXTS = {
-    "/etc/passwd": "root:x:0:0::/:/nologin\nuser:x:1000:1000::/home/user:/nologin\n",
+    "/etc/passwd": "root:x:0:0::/:/nologin\nuser:x:1000:1000::/mnt/home:/nologin\n",
     "/etc/group": "root:x:0:\nuser:x:1000:\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
     "/etc/hosts": "127.0.0.1 localhost\n",

@@ -147,17 +147,16 @@ class Channel:
             self._writer.write(b"\x00\x01\x01")  # a message of one byte: subscribe to everything
         await self._writer.drain()
 
-    async def send(self, parts: list[bytes]) -> None:
-        """Sends a message; waits while the kernel does not read.
+    def send(self, parts: list[bytes]) -> None:
+        """Sends a message. It never waits: what the kernel does not read stays in memory until this is closed.
 
-        Raises:
-            OSError: The connection is gone.
+        Args:
+            parts: The message.
         """
         for number, part in enumerate(parts):
             more = _MORE if number < len(parts) - 1 else 0
             size = bytes([more | _LONG]) + len(part).to_bytes(8, "big")
             self._writer.write((size if len(part) > 255 else bytes([more, len(part)])) + part)
-        await self._writer.drain()
 
     async def receive(self) -> list[bytes] | None:
         """Waits for a message.

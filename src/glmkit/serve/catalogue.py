@@ -67,9 +67,24 @@ class Target:
         if len(text) > most:
             raise APIError(
                 400,
-                f"{param}: it has {len(text):,} characters; the model's context is {self.served.context_tokens:,} tokens",
+                f"{param}: {len(text):,} characters; the model's context is {self.served.context_tokens:,} tokens",
                 param=param,
                 code="context_length_exceeded",
+            )
+
+    def check_bias(self, bias: Mapping[str, float] | None) -> None:
+        """Refuses a bias for tokens that the model does not have.
+
+        Args:
+            bias: The request's logit_bias.
+
+        Raises:
+            APIError: 400: a token id is not in the vocabulary.
+        """
+        size = self.served.model.config.vocab_size
+        if any(int(token) >= size for token in bias or ()):
+            raise APIError(
+                400, f"logit_bias: a token id is not below {size}, the vocabulary's size", param="logit_bias"
             )
 
     @property

@@ -93,6 +93,7 @@ def _check_together(body: ChatRequest, stored: Stored | None) -> None:
 
 def _read(body: ChatRequest, target: Target, owner: str) -> Asked:
     """The part of the work that takes time without waiting for anybody."""
+    target.check_bias(body.logit_bias)
     offer = read_offer(body, target.generation)
     messages = to_messages(body.messages)
     for message in messages:

@@ -77,6 +77,7 @@ def _prompts(body: CompletionRequest, target: Target) -> list[Prompt]:
         raise _refusal("echo", "log-probabilities of the prompt are not given; leave echo or logprobs out")
     if body.stream_options is not None and not body.stream:
         raise _refusal("stream_options", "stream_options goes with stream: true")
+    target.check_bias(body.logit_bias)
     size = target.served.model.config.vocab_size
     if any(token >= size for prompt in prompts if not isinstance(prompt, str) for token in prompt):
         raise _refusal("prompt", f"a token id is not below {size}, the size of the vocabulary")

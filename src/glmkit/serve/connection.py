@@ -87,9 +87,12 @@ class _Connection(H11Protocol):
         self._write_deadline = None
 
     def send_400_response(self, msg: str) -> None:
-        if self.is_busy() or self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()  # half an answer is out; there is no place for another one
             return
+        if self.is_busy():  # its body is broken; whoever reads it is told that nothing more comes
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "bad_request"}
         body = json.dumps({"error": error}).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]

@@ -44,7 +44,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)
 
 
 class Shape(BaseModel):
@@ -58,16 +58,22 @@ Metadata = dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_l
 
 
 class TextPart(Shape):
+    """A part of a content."""
+
     type: Literal["text"]
     text: str
 
 
 class CalledFunction(Shape):
+    """A function and its arguments, as the text of a JSON object."""
+
     name: Annotated[str, Field(min_length=1, max_length=128)]
     arguments: str = "{}"
 
 
 class CalledTool(Shape):
+    """A call, with the id that its result names."""
+
     id: Annotated[str, Field(min_length=1, max_length=128)]
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -78,12 +84,16 @@ Name = Annotated[str, Field(max_length=128)]
 
 
 class SystemMessage(Shape):
+    """What the model is told before everything else."""
+
     role: Literal["system", "developer"]
     content: Content
     name: Name | None = None
 
 
 class UserMessage(Shape):
+    """What a person says."""
+
     role: Literal["user"]
     content: Content
     name: Name | None = None
@@ -121,6 +131,8 @@ ChatMessage = Annotated[
 
 
 class Function(Shape):
+    """A function that the model may call; further fields are shown to the model too."""
+
     model_config = ConfigDict(extra="allow", strict=True)
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
@@ -129,24 +141,34 @@ class Function(Shape):
 
 
 class FunctionTool(Shape):
+    """A function in OpenAI's wrapper."""
+
     type: Literal["function"]
     function: Function
 
 
 class NamedFunction(Shape):
+    """The one function that must be called."""
+
     name: Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class NamedTool(Shape):
+    """The one tool that must be called."""
+
     type: Literal["function"]
     function: NamedFunction
 
 
 class StreamOptions(Shape):
+    """What a stream tells beside the answer."""
+
     include_usage: bool | None = None
 
 
 class JSONSchema(Shape):
+    """The schema of an answer."""
+
     name: Annotated[str, Field(min_length=1, max_length=64)] = "answer"
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
@@ -154,6 +176,8 @@ class JSONSchema(Shape):
 
 
 class ResponseFormat(Shape):
+    """The form of an answer."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
 
@@ -162,7 +186,7 @@ class Sampling(Shape):
     """What chat and completions have in common; None is the model's own setting."""
 
     model: Annotated[str, Field(max_length=256)] | None = None
-    max_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -170,13 +194,13 @@ class Sampling(Shape):
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
         Field(None, max_length=MAX_BIASES)
     )
-    seed: Annotated[Whole, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WHOLE] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
-    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), WHOLE] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
-    top_k: Annotated[Whole, Field(ge=0, le=MAX_TOKENS, description="extension: 0 is off")] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOKENS, description="extension: 0 is off"), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, description="extension")] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=10, description="extension: 1 is off")] | None = None
 
@@ -185,9 +209,9 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     response_format: ResponseFormat | None = None
     tools: list[FunctionTool | Function] | dict[str, dict[str, Any]] | None = Field(
         None,
@@ -204,7 +228,7 @@ class ChatRequest(Sampling):
     modalities: list[Literal["text"]] | None = None
 
 
-TokenId = Annotated[Whole, Field(ge=0, le=MAX_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS), WHOLE]
 
 
 class CompletionRequest(Sampling):
@@ -216,7 +240,7 @@ class CompletionRequest(Sampling):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    logprobs: Annotated[Whole, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), WHOLE] | None = None
     echo: bool | None = None
 
 
@@ -246,7 +270,7 @@ class LegacyRequest(Shape):
     history: (
         Annotated[list[Annotated[list[str], Field(min_length=2, max_length=2)]], Field(max_length=MAX_MESSAGES)] | None
     ) = None
-    max_length: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_length: Annotated[int, Field(ge=0, le=MAX_TOKENS), WHOLE] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
 
@@ -255,10 +279,14 @@ class LegacyRequest(Shape):
 
 
 class CachedTokens(Shape):
+    """Tokens of the prompt that had been read before."""
+
     cached_tokens: int
 
 
 class Usage(Shape):
+    """Tokens read and written."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -266,16 +294,22 @@ class Usage(Shape):
 
 
 class TopLogprob(Shape):
+    """A token that could have been chosen."""
+
     token: str
     logprob: float
     bytes: list[int] | None
 
 
 class TokenLogprob(TopLogprob):
+    """A token that was chosen."""
+
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(Shape):
+    """The tokens of a content."""
+
     content: list[TokenLogprob] | None
     refusal: None = None
 
@@ -295,6 +329,8 @@ FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatChoice(Shape):
+    """One of the answers."""
+
     index: int
     message: Answer
     logprobs: ChatLogprobs | None
@@ -302,6 +338,8 @@ class ChatChoice(Shape):
 
 
 class ChatCompletion(Shape):
+    """The response to POST /v1/chat/completions."""
+
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
@@ -315,6 +353,8 @@ class ChatCompletion(Shape):
 
 
 class CompletionLogprobs(Shape):
+    """The tokens of a text, in the form of completions."""
+
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
@@ -322,6 +362,8 @@ class CompletionLogprobs(Shape):
 
 
 class CompletionChoice(Shape):
+    """One of the texts."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -329,6 +371,8 @@ class CompletionChoice(Shape):
 
 
 class Completion(Shape):
+    """The response to POST /v1/completions."""
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int
@@ -339,6 +383,8 @@ class Completion(Shape):
 
 
 class Model(Shape):
+    """A base or an adapter."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -349,11 +395,15 @@ class Model(Shape):
 
 
 class ModelList(Shape):
+    """The response to GET /v1/models."""
+
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class Tokens(Shape):
+    """The response to POST /tokenize."""
+
     tokens: list[int]
     count: int
     context_length: int
@@ -361,6 +411,8 @@ class Tokens(Shape):
 
 
 class LegacyAnswer(Shape):
+    """The response to POST /."""
+
     response: str
     history: list[list[str]]
     status: Literal[200] = 200
@@ -368,25 +420,18 @@ class LegacyAnswer(Shape):
 
 
 class Deleted(Shape):
+    """The response to DELETE /v1/chat/completions/{id}."""
+
     id: str
     object: Literal["chat.completion.deleted"] = "chat.completion.deleted"
     deleted: bool = True
 
 
 class StoredList(Shape):
+    """The response to GET /v1/chat/completions."""
+
     object: Literal["list"] = "list"
     data: list[ChatCompletion]
     first_id: str | None
     last_id: str | None
     has_more: bool
-
-
-class ErrorBody(Shape):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Failure(Shape):
-    error: ErrorBody

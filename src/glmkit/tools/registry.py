@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import inspect
 import json
 import re
@@ -210,7 +209,7 @@ def _start(work: Callable[[], Any]) -> tuple[asyncio.Future[Any], threading.Thre
         value: Any = None
         error: BaseException | None = None
         try:
-            value = context.run(work)
+            value = work()
         except StopIteration as stop:  # which no future can hold
             error = RuntimeError(f"StopIteration: {stop}")
         except BaseException as raised:
@@ -218,7 +217,6 @@ def _start(work: Callable[[], Any]) -> tuple[asyncio.Future[Any], threading.Thre
         with contextlib.suppress(RuntimeError):  # the loop may be closed: nobody waits any more
             loop.call_soon_threadsafe(tell, value, error)
 
-    context = contextvars.copy_context()
     thread = threading.Thread(target=run, name="glmkit-tool", daemon=True)
     thread.start()
     return future, thread

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from glmkit.web.talks import Talk
 
 MAX_DEFINITION_CHARACTERS = 20_000
 MAX_DEFINITIONS = 32
+MAX_DEPTH = 32
 EXAMPLE = """\
 # name, description, parameters: as JSON schema, in YAML or JSON
 - name: translate
@@ -82,6 +84,7 @@ def read_definitions(text: str) -> list[dict[str, Any]]:
     if len(text) > MAX_DEFINITION_CHARACTERS:
         raise UsageError(f"the definitions have {len(text):,} characters; the limit is {MAX_DEFINITION_CHARACTERS:,}")
     try:
+        _refuse_depth(text)
         _refuse_aliases(text)
         content = yaml.safe_load(text)  # JSON is YAML
     except yaml.YAMLError as error:
@@ -142,6 +145,17 @@ def _schema(item: Any, number: int) -> dict[str, Any]:
     if not isinstance(description, str):
         raise UsageError(f"the description of {name} is no text")
     return {"name": name, "description": description, "parameters": parameters}
+
+
+def _refuse_depth(text: str) -> None:
+    """The reader of YAML takes a time that grows with the square of the depth."""
+    depth = deepest = 0
+    for mark in re.findall(r"[\[{\]}]", text):
+        depth = max(0, depth + (1 if mark in "[{" else -1))
+        deepest = max(deepest, depth)
+    in_a_row = max((len(run) for run in re.findall(r"(?:[-?:] +)+", text)), default=0)
+    if deepest > MAX_DEPTH or in_a_row > 2 * MAX_DEPTH:
+        raise UsageError(f"the definitions are nested deeper than {MAX_DEPTH} levels")
 
 
 def _refuse_aliases(text: str) -> None:

@@ -110,10 +110,11 @@ def original(text: str) -> str:
     Args:
         text: Markdown from the page.
     """
+    text = text.replace(JOINER + "\\", "")
     text = text.replace("<" + JOINER, "<").replace("!" + JOINER, "!").replace(JOINER + ":", ":")
     for space, shown in _SPACES.items():
         text = text.replace(JOINER + shown, space)
-    return text.replace(JOINER + "\\", "")
+    return text
 
 
 def _safe_fence(line: str) -> str:

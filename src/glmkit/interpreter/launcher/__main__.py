@@ -35,6 +35,7 @@ else:  # this folder is all that is on the path
 _TICK_SECONDS = 0.1
 _TICKS_BETWEEN_WALKS = 5
 _MAX_SPEC_BYTES = 1 << 20
+_NICENESS = 10  # the model that computes beside it comes first
 _KILLED = 128 + signal.SIGKILL
 
 
@@ -46,6 +47,7 @@ def _keep(spec: dict[str, Any], guard: socket.socket) -> NoReturn:
     if "pid" not in layers:
         tasks = usage.tasks_of_user(os.getuid() if spec["user"] is None else spec["user"])
     scratch = []
+    rights.go_first_without_memory()
     if "mount" in layers:
         scratch = [rights.enter_new_root(spec["tree"], own_processes="pid" in layers)]
     if "ipc" in layers:
@@ -60,6 +62,7 @@ def _keep(spec: dict[str, Any], guard: socket.socket) -> NoReturn:
         rights.restrict_paths(spec["landlock"])
     if "rlimits" in layers:
         rights.limit(spec["rlimits"], tasks_of_user=tasks)
+        os.nice(_NICENESS)
     # A guard that ended before it could be noticed is noticed here.
     socket.send_fds(guard, [b"ready"], scratch)
     if guard.recv(16) != b"go":
@@ -207,6 +210,7 @@ def _guard(spec: dict[str, Any], server: socket.socket) -> int:
     """Starts what is asked for, watches it, and leaves nothing behind."""
     code, reason = 1, None
     try:
+        usage.check_children_are_listed()
         rights.collect_orphans()
         keeper, channel = _begin(spec)
         message, descriptors, _, _ = socket.recv_fds(channel, 4096, 1)

@@ -234,6 +234,12 @@ def collect_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1, step="collect orphans")
 
 
+def go_first_without_memory() -> None:
+    """Has the kernel end this process and its children before others when the machine runs out of memory."""
+    with open("/proc/self/oom_score_adj", "w", encoding="utf-8") as file:
+        file.write("1000")
+
+
 def close_memory() -> None:
     """Keeps processes of the same user out of this one's memory and descriptors, until it runs another program."""
     _prctl(_PR_SET_DUMPABLE, 0, step="close own memory")

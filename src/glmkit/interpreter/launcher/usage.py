@@ -35,26 +35,41 @@ def descendants(of: int) -> list[int]:
     return [pid for pid in found if pid != of]
 
 
-def _sum_of_fields(pids: list[int], file_name: str, fields: tuple[str, ...]) -> int:
-    total = 0
-    for pid in pids:
-        try:
-            with open(f"/proc/{pid}/{file_name}", encoding="utf-8", errors="replace") as file:
-                total += sum(int(line.split()[1]) for line in file if line.startswith(fields))
-        except OSError:
-            continue
-    return total
+def check_children_are_listed() -> None:
+    """Raises OSError if this kernel does not say which children a process has; then nothing here could be trusted."""
+    with open(f"/proc/self/task/{os.getpid()}/children", "rb"):
+        pass
+
+
+def _fields(pid: int, file_name: str, names: tuple[str, ...]) -> int | None:
+    """The sum of some fields of a file in /proc; None if it cannot be read."""
+    try:
+        with open(f"/proc/{pid}/{file_name}", encoding="utf-8", errors="replace") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith(names))
+    except OSError:
+        return None
+
+
+def _open_files(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0
 
 
 def excess(limits: dict[str, int], pids: list[int]) -> str | None:
     """Which limit everything inside has passed together."""
-    if _sum_of_fields(pids, "status", ("Threads:",)) > limits["processes"] + 8:
+    if sum(_fields(pid, "status", ("Threads:",)) or 0 for pid in pids) > limits["processes"] + 8:
         return "processes"
-    memory = limits["memory_bytes"] // 1024
-    # The quick sum counts memory that processes share several times, so it only raises the question.
-    if _sum_of_fields(pids, "status", ("VmRSS:", "VmSwap:")) > memory:
-        exact = _sum_of_fields(pids, "smaps_rollup", ("Pss:", "SwapPss:"))
-        if exact > memory or exact == 0:
+    # Sockets and pipes hold memory of the kernel that no other number shows.
+    if sum(map(_open_files, pids)) > 2 * limits["open_files"]:
+        return "open files"
+    memory_kb = limits["memory_bytes"] // 1024
+    resident = {pid: _fields(pid, "status", ("VmRSS:", "VmSwap:")) or 0 for pid in pids}
+    # This counts memory that processes share several times, so it only raises the question.
+    if sum(resident.values()) > memory_kb:
+        shares = {pid: _fields(pid, "smaps_rollup", ("Pss:", "SwapPss:")) for pid in pids}
+        if sum(resident[pid] if share is None else share for pid, share in shares.items()) > memory_kb:
             return "memory"
     return None
 

@@ -24,8 +24,8 @@
 
   // What is copied has no invisible characters in it (see view.py).
   const clean = (text) =>
-    text.replaceAll("<\u2060", "<").replaceAll("!\u2060", "!").replaceAll("\u2060:", ":")
-      .replaceAll("\u2060\u00a0", " ").replaceAll("\u2060\u2003", "\t").replaceAll("\u2060\\", "")
+    text.replaceAll("\u2060\\", "").replaceAll("<\u2060", "<").replaceAll("!\u2060", "!").replaceAll("\u2060:", ":")
+      .replaceAll("\u2060\u00a0", " ").replaceAll("\u2060\u2003", "\t")
       .replace(/<span class="glm-[a-z]+">[^<]*<\/span>/g, "");
   if (navigator.clipboard?.writeText) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
