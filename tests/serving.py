@@ -119,7 +119,7 @@ def fake_app(settings: Settings, engine: FakeEngine | None = None, journal: Jour
     """Routes that do what routes of a server do, without a model."""
     engine = engine or FakeEngine()
     app = FastAPI(docs_url=None, redoc_url=None)
-    app.state.cancelled = 0
+    app.state.begun = app.state.cancelled = 0
 
     @app.post("/echo")
     async def echo(request: Request) -> dict[str, int]:
@@ -132,6 +132,7 @@ def fake_app(settings: Settings, engine: FakeEngine | None = None, journal: Jour
     @app.post("/wait")
     async def wait(request: Request) -> None:
         record = admit(request, engine)  # type: ignore[arg-type]
+        app.state.begun += 1
         if request.headers.get("x-piece"):
             record.note_piece()
         engine.places += 1
@@ -148,6 +149,7 @@ def fake_app(settings: Settings, engine: FakeEngine | None = None, journal: Jour
         record = admit(request, engine)  # type: ignore[arg-type]
 
         async def events() -> Any:
+            app.state.begun += 1
             try:
                 while True:
                     record.note_piece()

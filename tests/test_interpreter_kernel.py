@@ -37,7 +37,7 @@ class Loop:
         self.loop = asyncio.new_event_loop()
 
     def __call__(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.loop.run_until_complete(asyncio.wait_for(work, 60))
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
 
 
 @pytest.fixture(scope="module")
@@ -517,7 +517,7 @@ DAEMON = (
 
 
 def leftovers() -> set[str]:
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("glmkit")}
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("glmkit-sandbox")}
 
 
 def open_and_drop(wait: Loop, level: Level, sessions: int) -> None:

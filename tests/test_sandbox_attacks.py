@@ -634,8 +634,14 @@ def open_things() -> tuple[int, int, int]:
     return len(os.listdir("/proc/self/fd")), len(children), len(folders)
 
 
+@pytest.fixture
+def own_temporary_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Other tests run at the same time."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
 @pytest.mark.parametrize("count", [8, pytest.param(1000, marks=pytest.mark.slow)])
-def test_dropped_sandboxes_leave_nothing(count: int) -> None:
+def test_dropped_sandboxes_leave_nothing(count: int, own_temporary_folder: None) -> None:
     """X-50: neither closed nor ended."""
     before = open_things()
     for _ in range(count):
@@ -673,7 +679,7 @@ def mounts() -> int:
 
 
 @pytest.mark.parametrize("after_seconds", [0.0, 0.04, 0.08, 0.12, 0.2, 0.4])
-def test_a_killed_launcher_leaves_nothing(own_launcher: Path, after_seconds: float) -> None:
+def test_a_killed_launcher_leaves_nothing(own_launcher: Path, after_seconds: float, own_temporary_folder: None) -> None:
     """X-51: killed while it sets up, or later."""
     before, mounted = open_things(), mounts()
     killed = subprocess.Popen(
@@ -715,7 +721,7 @@ package.__path__ = [sys.argv[1]]
 from glmkit.interpreter.sandbox import *
 program = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(300)"]
 process = Sandbox(Level[sys.argv[2]]).start(program, output=1)
-print("started", process.data, flush=True)
+print("started", process.data, process.pid, flush=True)
 time.sleep(300)
 """
 
@@ -731,6 +737,7 @@ def test_everything_ends_with_the_server(level: str) -> None:
         assert server.stdout is not None
         started = server.stdout.readline().decode().split()
         assert started[:1] == ["started"]
+        assert lives(int(started[2]))
         server.kill()
         assert server.stdout.read() == b""  # nobody holds the pipe any more
     assert level == "FULL" or ends_within(5, lambda: not Path(started[1]).parent.exists())

@@ -21,7 +21,7 @@ from glmkit.chat.messages import Message
 from glmkit.chat.templates import answer_ids, conversation_ids, prompt_ids
 from glmkit.chat.tools import ToolCallError, parse_json_call, parse_tool_call
 from glmkit.engine.decode import Step, Usage
-from glmkit.errors import GenerationError, QueueFullError
+from glmkit.errors import GenerationError, QueueFullError, UsageError
 from glmkit.serve.app import create_app
 from glmkit.serve.logs import Journal
 from glmkit.serve.settings import ApiKey, Settings
@@ -66,6 +66,7 @@ class Script:
     def __init__(self, ids: Sequence[int] = (), fails_after: int | None = None, full: bool = False) -> None:
         self.ids, self.fails_after, self.full = list(ids), fails_after, full
         self.prompts: list[list[int]] = []
+        self.readers: list[tuple[str | None, str | None]] = []
 
     def check_room(self, places: int = 1) -> None:
         if self.full:
@@ -77,8 +78,9 @@ class Script:
     def wake(self) -> None:
         """Nobody sleeps."""
 
-    def stream(self, prompt: Sequence[int], options: Any, *, stop_ids: Any, max_new_tokens: int, **_: Any) -> Any:
+    def stream(self, prompt: Sequence[int], options: Any, *, stop_ids: Any, max_new_tokens: int, **more: Any) -> Any:
         self.prompts.append(list(prompt))
+        self.readers.append((more.get("adapter"), more.get("owner")))
         return _Said(self._steps(frozenset(stop_ids), max_new_tokens))
 
     def _steps(self, stops: frozenset[int], limit: int) -> Iterator[Step]:
@@ -143,6 +145,31 @@ def test_models_have_their_context_and_no_paths(api: TestClient) -> None:
     missing = api.get("/v1/models/other")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
+
+
+def test_adapters_are_models_and_keys_are_owners(tokenizer: ChatGLMTokenizer) -> None:
+    script = Script(say(tokenizer, "好"))
+    served = scripted(tokenizer, script)
+    served.model.glm_adapters = SimpleNamespace(names=("ads", "law"))
+    keys = (ApiKey.of("first-key-1"), ApiKey.of("second-key-2"))
+    with client_of(served, api_keys=keys) as client:
+        one, two = ({"authorization": f"Bearer {key}"} for key in ("first-key-1", "second-key-2"))
+        models = client.get("/v1/models", headers=one).json()["data"]
+        assert [(model["id"], model["parent"], model["root"]) for model in models] == [
+            ("script", None, "script"),
+            ("ads", "script", "script"),
+            ("law", "script", "script"),
+        ]
+        for model, headers in (("ads", one), ("script", one), (None, two), ("law", two)):
+            for path, body in ((CHAT, {"messages": HELLO}), ("/v1/completions", {"prompt": "a"})):
+                answered = client.post(path, json={"model": model, **body}, headers=headers).json()
+                assert answered["model"] == (model or "script")
+    adapters = [adapter for adapter, _ in script.readers[::2]]
+    owners = [owner for _, owner in script.readers]
+    assert adapters == ["ads", None, None, "law"]
+    assert owners == [keys[0].owner] * 4 + [keys[1].owner] * 4
+    with pytest.raises(UsageError, match="two models"):
+        create_app({"ads": served})
 
 
 def test_tokenize_gives_what_an_answer_reads(tokenizer: ChatGLMTokenizer) -> None:

@@ -29,7 +29,8 @@ sys.path.insert(0, str(BENCH))
 from serving_server import Server  # noqa: E402
 from serving_soak import soak, soak_over_http  # noqa: E402
 
-MOST_MEGABYTES = 40.0  # that resident memory may grow by, per 1,000 requests; the long form reports the slope
+# Growth per 1,000 requests: a cache that is not freed is 0.8 MB a request. The long form reports the slope itself.
+MOST_MEGABYTES = 150.0
 
 
 @pytest.fixture(scope="module")

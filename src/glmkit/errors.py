@@ -33,6 +33,10 @@ class UsageError(GlmkitError, ValueError):
     exit_code = 2
 
 
+class ContextLengthError(UsageError):
+    """A prompt that leaves no room for an answer in the model's context."""
+
+
 class ConfigError(GlmkitError, ValueError):
     """A config.json that asks for something this code does not compute."""
 

@@ -33,7 +33,7 @@ from glmkit.engine.decode import WAITING, CancelToken, Step, stream
 from glmkit.engine.layout import InputLayout
 from glmkit.engine.sampling import row_seed
 from glmkit.engine.text import StopText, TextStream
-from glmkit.errors import UsageError
+from glmkit.errors import ContextLengthError, UsageError
 
 _LONGEST_TOKENS = 512  # of one filling, as in GLM's script
 _BLANK = re.compile(r"\[[gs]?MASK\]")
@@ -254,7 +254,7 @@ def _room(model: Any, ids: Sequence[int], sop: int, blanks: int) -> int:
     context = model.config.max_position_embeddings
     room: int = context - len(ids) - blanks  # a sop for each
     if room < blanks:
-        raise UsageError(
+        raise ContextLengthError(
             f"the text has {len(ids):,} tokens; the model's context is {context:,} tokens, the fillings included",
             hint="shorten the text, or fill it in parts",
         )

@@ -11,7 +11,7 @@ from glmkit.chat.messages import Message
 from glmkit.chat.templates import chat_format
 from glmkit.engine.decode import WAITING, CancelToken, stream
 from glmkit.engine.text import TextStream
-from glmkit.errors import UsageError
+from glmkit.errors import ContextLengthError
 
 
 class CompletionStream(AnswerStream):
@@ -44,7 +44,7 @@ class CompletionStream(AnswerStream):
         )
         context = model.config.max_position_embeddings
         if len(self.prompt_ids) >= context:
-            raise UsageError(
+            raise ContextLengthError(
                 f"the prompt has {len(self.prompt_ids):,} tokens; the model's context is {context:,} tokens, "
                 "the answer included",
                 hint="shorten the prompt, or use a model with a longer context",

@@ -7,7 +7,7 @@ from typing import Any
 
 from glmkit.chat.messages import Message
 from glmkit.chat.templates import prompt_ids
-from glmkit.errors import UsageError
+from glmkit.errors import ContextLengthError, UsageError
 
 _RESERVE_TOKENS = 1024
 _SHORT_CHARACTERS = 16  # for each token of the context: a conversation that is worth reading whole
@@ -66,7 +66,7 @@ def fit_context(
                 dropped = middle + 1
         ids = ids_without(dropped)
     if len(ids) >= context_tokens:
-        raise UsageError(
+        raise ContextLengthError(
             f"the message has {len(ids):,} tokens with the chat format and the system message; "
             f"the model's context is {context_tokens:,} tokens, the answer included",
             hint="shorten the message, send it in parts, or use a model with a longer context",

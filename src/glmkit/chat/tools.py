@@ -23,10 +23,10 @@ from glmkit.errors import GlmkitError, UsageError
 
 TOOLS_SENTENCE = "Answer the following questions as best as you can. You have access to the following tools:"
 INTERPRETER = "interpreter"  # the header line of code to run, which is no tool call
-# What tells ChatGLM3 that code it writes is run: the facts of the official demo's prompt, in words of our own.
+# What tells ChatGLM3 that code it writes is run. Source: composite_demo of the official repository.
 INTERPRETER_PROMPT = (
-    "你是名为ChatGLM的智能AI助手，连接着一台不能联网的电脑。解决任务时，你可以编写Python代码，运行后会得到结果；"
-    "如果运行结果有错误，请尽可能改进代码。用户上传的文件存放在/mnt/data/，你可以处理这些文件。"
+    "你是一位智能AI助手，你叫ChatGLM，你连接着一台电脑，但请注意不能联网。在使用Python解决任务时，你可以运行代码并得到结果，"
+    "如果运行结果有错误，你需要尽可能对代码进行改进。你可以处理用户上传到电脑上的文件，文件默认存储路径是/mnt/data/。"
 )
 MAX_CALL_CHARACTERS = 65_536
 MAX_DEPTH = 32

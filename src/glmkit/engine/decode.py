@@ -16,7 +16,7 @@ from glmkit.engine.cache import BufferCache, LanguageModel, new_cache
 from glmkit.engine.layout import InputLayout, reads_whole_prompts
 from glmkit.engine.lookup import Lookup
 from glmkit.engine.sampling import SamplingOptions, row_generators
-from glmkit.errors import UsageError
+from glmkit.errors import ContextLengthError, UsageError
 
 _FIRST_ROOM_TOKENS = 1024  # room made for an answer; few are as long as they may be, and the cache grows
 NO_TOKEN = -1
@@ -342,7 +342,7 @@ def answer_limit(model: LanguageModel, prompt: Sequence[int], max_new_tokens: in
         return max_new_tokens
     room = context - cached - len(prompt)
     if room < 1:
-        raise UsageError(
+        raise ContextLengthError(
             f"the prompt has {cached + len(prompt)} tokens: expected fewer than the model's context of {context}",
             hint="shorten the prompt or leave out old turns",
         )

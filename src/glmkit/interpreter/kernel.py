@@ -184,7 +184,8 @@ class Kernel:
             "files": f"killed: it made more than {self._limits.files:,} files",
             "processes": f"killed: it started more than {self._limits.processes} processes",
         }
-        return causes.get(process.reason or "", "the interpreter has died")
+        why = process.reason
+        return causes.get(why, f"killed: limit of {why}") if why else "the interpreter has died"
 
     async def _alive_life(self) -> Life:
         if self._life is not None and self._life.dead:

@@ -104,7 +104,13 @@ class Process:
     """
 
     def __init__(
-        self, guard: subprocess.Popen[bytes], server: socket.socket, pid: int, root: Path, release: Any
+        self,
+        guard: subprocess.Popen[bytes],
+        server: socket.socket,
+        pid: int,
+        root: Path,
+        scratch: list[int],
+        folder: Path | None,
     ) -> None:
         self.pid = pid
         self.data = root / "data"
@@ -112,7 +118,7 @@ class Process:
         self._guard = guard
         self._server = server
         self._reason: str | None = None
-        self._release = release
+        self._release = weakref.finalize(self, _release, guard, server, scratch, folder)
 
     def poll(self) -> int | None:
         """The exit status of the started program (128 + signal when killed), None while it runs."""
@@ -257,8 +263,7 @@ class Sandbox:
             if isinstance(error, OSError) and not isinstance(error, SandboxError):
                 raise SandboxError(f"the sandbox could not be started: {error}", hint=_CURE) from error
             raise
-        release = weakref.finalize(self, _release, guard, mine, scratch, self._folder)
-        self._process = Process(guard, mine, keeper, root, release)
+        self._process = Process(guard, mine, keeper, root, scratch, self._folder)
         return self._process
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
@@ -21,7 +22,6 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from glmkit import __version__
 from glmkit.chat.following import Served
 from glmkit.chat.messages import Message, to_messages
 from glmkit.chat.templates import chat_format, prompt_ids
@@ -80,7 +80,7 @@ def create_app(
     settings = settings or Settings()
     app = FastAPI(
         title="glmkit",
-        version=__version__,
+        version=version("glmkit"),
         docs_url=None,
         redoc_url=None,
         responses=RESPONSES,

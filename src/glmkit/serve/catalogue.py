@@ -7,9 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
-from glmkit import __version__
 from glmkit.chat.following import Served
 from glmkit.engine.scheduler import BatchEngine
 from glmkit.errors import UsageError
@@ -90,7 +90,7 @@ class Target:
     @property
     def fingerprint(self) -> str:
         """Changes with the software and the model; as long as it stays, a seed gives the same answer."""
-        return "fp_" + hashlib.sha256(f"{__version__} {self.name}".encode()).hexdigest()[:10]
+        return "fp_" + hashlib.sha256(f"{version('glmkit')} {self.name}".encode()).hexdigest()[:10]
 
 
 class Parts:

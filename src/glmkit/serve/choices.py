@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 from glmkit.chat.answers import Reply
 from glmkit.chat.following import Following
 from glmkit.engine.sampling import row_seed
-from glmkit.errors import UsageError
+from glmkit.errors import ContextLengthError, UsageError
 from glmkit.serve.failures import APIError
 from glmkit.serve.shapes import CachedTokens, Sampling, Usage
 from glmkit.serve.traffic import Record
@@ -176,7 +176,7 @@ def prompt_refusal(error: UsageError, param: str) -> APIError:
         error: What the model's side said.
         param: The field that has the prompt.
     """
-    too_long = "context" in error.message and "tokens" in error.message
+    too_long = isinstance(error, ContextLengthError)
     return APIError(400, str(error), param=param, code="context_length_exceeded" if too_long else None)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from fastapi import FastAPI
 
-from glmkit.errors import GlmkitError, MissingDependencyError, UsageError
+from glmkit.errors import MissingDependencyError, UsageError
 from glmkit.serve.failures import APIError, retry_after
 from glmkit.serve.health import loading_app
 from glmkit.serve.logs import Journal
@@ -259,6 +259,3 @@ def _say(text: str) -> None:
     """Tells whoever started the server; nobody may be there to read it."""
     with contextlib.suppress(OSError, ValueError):
         print(text, flush=True)
-
-
-__all__ = ["GlmkitError", "Service", "possible_connections", "run"]

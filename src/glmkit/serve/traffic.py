@@ -110,10 +110,6 @@ class Traffic:
         """How many requests have come and are not over."""
         return len(self._records)
 
-    def waits_for_answers(self) -> bool:
-        """Whether any of them asked for an answer of a model."""
-        return any(record.places for record in self._records)
-
     @contextmanager
     def request(self, method: str) -> Iterator[Record]:
         """Counts a request as long as the block runs, and tells its end.

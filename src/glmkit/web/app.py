@@ -114,6 +114,8 @@ def _add_files(app: FastAPI, desk: Desk) -> None:
         return _attachment(text.encode(), f"{talk.title or 'chat'}.{form}", FORMS[form])
 
 
+# Without a referrer at all a browser says that the form comes from nowhere (Origin: null), which the gate refuses.
+_LOGIN_HEADERS = {"cache-control": "no-store", "referrer-policy": "same-origin"}
 _PRIVATE = {"cache-control": "private, no-store"}
 
 
@@ -136,7 +138,7 @@ def _add_login(app: FastAPI, access: Access, language: Language) -> None:
         preferred = request.headers.get("accept-language", "")[:2].lower()
         chosen: Language = preferred if preferred in LANGUAGES else language
         text = login_page(chosen, problem and say(chosen, problem))
-        return Response(text, status, media_type="text/html", headers={"cache-control": "no-store"})
+        return Response(text, status, media_type="text/html", headers=_LOGIN_HEADERS)
 
     @app.get("/login")
     async def get_login(request: Request) -> Response:

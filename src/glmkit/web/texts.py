@@ -257,13 +257,13 @@ TEXTS: dict[Language, dict[str, str]] = {"zh": _ZH, "en": _EN}
 # What the built-in model was made for; larger models can do these too.
 EXAMPLES: dict[Language, dict[Mode, tuple[str, ...]]] = {
     "zh": {
-        "chat": ("你好，你能做什么？", "类型#裙*颜色#蓝色*风格#简约", "12+35等于多少？", "法国的首都是哪里？"),
+        "chat": ("你能做什么？", "类型#裙*颜色#蓝色*风格#简约", "12+35等于多少？", "法国的首都是哪里？"),
         "tools": ("北京今天天气怎么样？", "用计算器算一下345*67", "东京现在几点？"),
         "code": ("画出y=x^2的图像", "用代码计算1到100的和", "画一个正弦函数的图像"),
     },
     "en": {
         "chat": (
-            "Hello, what can you do?",
+            "What can you do?",
             "类型#裙*颜色#蓝色*风格#简约",
             "What is 12 + 35?",
             "What is the capital of France?",

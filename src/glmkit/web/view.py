@@ -19,7 +19,7 @@ from urllib.parse import quote
 from glmkit.chat.context import fit_context, reserve_tokens
 from glmkit.chat.messages import Message
 from glmkit.chat.tools import ToolCallError, parse_json_call, parse_tool_call
-from glmkit.tools.loop import IMAGE, NO_OUTPUT
+from glmkit.tools.loop import IMAGE, NO_OUTPUT, code_of
 from glmkit.web.talks import Context, Kind, Note, Part, Talk
 from glmkit.web.texts import Language, say
 
@@ -34,7 +34,7 @@ _REMOTE_IMAGE = re.compile(r"!\[([^\]\n]*)\]\(\s*<?([^)\s>]+)[^)\n]*\)")
 _REFERENCE_IMAGE = re.compile(r"!(?=\[[^\]\n]*\](?!\())")
 _LOCAL = re.compile(r"/figures/[0-9a-f]+/[0-9a-f]+\.png")
 _SCHEME = re.compile(
-    r"(\]\(\s*<?|\]:\s*<?|<)\s*((?:j\s*a\s*v\s*a|v\s*b)\s*s\s*c\s*r\s*i\s*p\s*t|data|file|blob)\s*:", re.IGNORECASE
+    r"\](?=(?:\(|:)\s*<?\s*(?:(?:j\s*a\s*v\s*a|v\s*b)\s*s\s*c\s*r\s*i\s*p\s*t|data|file|blob)\s*:)", re.IGNORECASE
 )
 _MARKUP = re.compile(r"[\\`*_\[\]<$|~&]")
 _LINE_MARKUP = re.compile(r"^([ \t]*(?:\d+(?=[.)]))?)([#>+=.)-])", re.MULTILINE)
@@ -111,7 +111,7 @@ def original(text: str) -> str:
         text: Markdown from the page.
     """
     text = text.replace(JOINER + "\\", "")
-    text = text.replace("<" + JOINER, "<").replace("!" + JOINER, "!").replace(JOINER + ":", ":")
+    text = text.replace("<" + JOINER, "<").replace("!" + JOINER, "!").replace("]" + JOINER, "]")
     for space, shown in _SPACES.items():
         text = text.replace(JOINER + shown, space)
     return text
@@ -136,7 +136,7 @@ def _safe_prose(text: str, language: Language) -> str:
 def _safe_plain(text: str, language: Language) -> str:
     text = _REMOTE_IMAGE.sub(lambda found: _image(found, language), text)
     text = _REFERENCE_IMAGE.sub("!" + JOINER, text)
-    text = _SCHEME.sub(lambda found: f"{found[1]}{found[2]}{JOINER}:", text)
+    text = _SCHEME.sub("]" + JOINER, text)
     return _TAG.sub("<" + JOINER, text)
 
 
@@ -260,7 +260,7 @@ def _panel(talk: Talk, part: Part, language: Language) -> list[Row]:
         metadata["log"] = " · ".join(marks)
     if note.seconds is not None:
         metadata["duration"] = round(note.seconds, 2)
-    body = [fenced(part.text, "python")]
+    body = [fenced(code_of(part.text, generation=3).strip("\n"), "python")]
     if part.kind == "call":
         given = part.arguments
         body = [f"**{say(language, 'arguments')}**", fenced(part.text if given is None else pretty(given), "json")]

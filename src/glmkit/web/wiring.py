@@ -58,6 +58,7 @@ class Wiring:
             js=_READ_MEMORY,
             **self._quick,
         )
+        self._then_keep(loaded)
         self._then_follow(loaded)
         translated = page.language.input(
             self._plain(actions.translate),
@@ -98,7 +99,7 @@ class Wiring:
             changed = event(self._plain(action), inputs, self._all, **self._quick)
             self._then_keep(changed)
             self._then_follow(changed)
-        page.search.input(
+        page.search.change(
             self._plain(actions.search), [page.search, *here], self._listing, trigger_mode="always_last", **self._quick
         )
         self.gr.on(

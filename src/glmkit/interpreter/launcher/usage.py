@@ -7,6 +7,9 @@ import os
 import signal
 import time
 
+_BESIDE_DATA_BYTES = 32 << 20
+"""The keeper, and the stacks of a process that has reached its own limit of data and shall see MemoryError."""
+
 
 def tasks_of_user(user: int) -> int:
     """Processes and threads that count against RLIMIT_NPROC already."""
@@ -64,11 +67,12 @@ def excess(limits: dict[str, int], pids: list[int]) -> str | None:
     # Sockets and pipes hold memory of the kernel that no other number shows.
     if sum(map(_open_files, pids)) > 2 * limits["open_files"]:
         return "open files"
-    memory_kb = limits["memory_bytes"] // 1024
-    resident = {pid: _fields(pid, "status", ("VmRSS:", "VmSwap:")) or 0 for pid in pids}
+    # Not what is mapped from files: libraries, which the machine holds once.
+    memory_kb = (limits["memory_bytes"] + _BESIDE_DATA_BYTES) // 1024
+    resident = {pid: _fields(pid, "status", ("RssAnon:", "RssShmem:", "VmSwap:")) or 0 for pid in pids}
     # This counts memory that processes share several times, so it only raises the question.
     if sum(resident.values()) > memory_kb:
-        shares = {pid: _fields(pid, "smaps_rollup", ("Pss:", "SwapPss:")) for pid in pids}
+        shares = {pid: _fields(pid, "smaps_rollup", ("Pss_Anon:", "Pss_Shmem:", "SwapPss:")) for pid in pids}
         if sum(resident[pid] if share is None else share for pid, share in shares.items()) > memory_kb:
             return "memory"
     return None

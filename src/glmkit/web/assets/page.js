@@ -24,7 +24,7 @@
 
   // What is copied has no invisible characters in it (see view.py).
   const clean = (text) =>
-    text.replaceAll("\u2060\\", "").replaceAll("<\u2060", "<").replaceAll("!\u2060", "!").replaceAll("\u2060:", ":")
+    text.replaceAll("\u2060\\", "").replaceAll("<\u2060", "<").replaceAll("!\u2060", "!").replaceAll("]\u2060", "]")
       .replaceAll("\u2060\u00a0", " ").replaceAll("\u2060\u2003", "\t")
       .replace(/<span class="glm-[a-z]+">[^<]*<\/span>/g, "");
   if (navigator.clipboard?.writeText) {
@@ -61,7 +61,8 @@
     ["Clear", "清空"], ["Copy conversation", "复制对话"], ["Copy message", "复制"], ["Retry", "重新生成"], ["Undo", "撤回"],
     ["Edit", "编辑"], ["Submit", "保存"], ["Cancel", "取消"], ["Toggle Sidebar", "展开或收起侧栏"],
   ];
-  const known = new Map([["重试", "Retry"], ["撤销", "Undo"], ["清除", "Clear"], ["复制消息", "Copy message"]]);
+  const known = new Map([["重试", "Retry"], ["撤销", "Undo"], ["清除", "Clear"], ["复制消息", "Copy message"], ["提交", "Submit"], ["发送", "Submit"],
+    ["清空对话", "Clear"]]);
   for (const [en, zh] of builtIn) { known.set(en, en); known.set(zh, en); }
   const inChinese = new Map(builtIn);
   // --- keys ---
@@ -123,7 +124,7 @@
     find("#glm-search textarea, #glm-search input")?.setAttribute("aria-label", searches);
   };
   const nameButtons = (language) => {
-    for (const button of document.querySelectorAll("button[aria-label]")) {
+    for (const button of document.querySelectorAll("#glm-chat button[aria-label], .toggle-button")) {
       const key = known.get(button.ariaLabel);
       if (!key) continue;
       const name = language === "zh" ? inChinese.get(key) ?? key : key;
