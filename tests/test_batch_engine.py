@@ -366,13 +366,28 @@ def test_a_full_queue_refuses_and_never_takes_more_than_its_places(nano, engine_
 
 
 def test_one_owner_with_many_requests_does_not_keep_another_waiting(nano, engine_of):
+    """Whoever has no row gets one though all places are taken for long; whose place it was goes on later, the same."""
     engine = engine_of(nano, max_running=2)
-    greedy_owner = [ask(engine, prompt_of(nano, 5, seed), 40, owner="many") for seed in range(20)]
-    ask_once = ask(engine, prompt_of(nano, 6, 99), 5, owner="one")
-    ids_of(ask_once)
-    assert sum(bool(generation._steps and generation._steps[-1].finish_reason) for generation in greedy_owner) <= 4
-    for generation in greedy_owner:
-        generation.cancel()
+    prompts = [prompt_of(nano, 5 + seed, seed) for seed in range(6)]
+    many = [ask(engine, prompt, 150, options=SAMPLED, owner="many") for prompt in prompts]
+    first = [next(generation).token_id for generation in many[:2]]
+    assert ids_of(ask(engine, prompt_of(nano, 6, 99), 5, owner="one")) == alone(nano, prompt_of(nano, 6, 99), GREEDY, 5)
+    assert engine.state().finished == 1
+    wanted = [alone(nano, prompt, SAMPLED, 150) for prompt in prompts]
+    assert [*first[:1], *ids_of(many[0])] == wanted[0]
+    assert [*first[1:], *ids_of(many[1])] == wanted[1]
+    assert [ids_of(generation) for generation in many[2:]] == wanted[2:]
+
+
+def test_work_after_a_pause_begins_a_new_count_of_progress(engine_of):
+    model = Counting()
+    engine = engine_of(model)
+    ids_of(ask(engine, [1], 2))
+    time.sleep(0.3)
+    model.gate.clear()
+    ask(engine, [1], 2)
+    assert time.monotonic() - engine.state().last_progress < 0.2
+    model.gate.set()
 
 
 # --- failures ---

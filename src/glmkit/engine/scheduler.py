@@ -144,6 +144,8 @@ class BatchEngine:
         with self._changed:
             self._check_open()
             self._check_room(1)
+            if not self._has_work():
+                self._last_progress = time.monotonic()  # until now there was nothing to do
             row.number = self._numbers
             self._numbers += 1
             self._waiting.append(row)
@@ -276,6 +278,7 @@ class BatchEngine:
 
     def _admit(self) -> None:
         """Lets waiting requests in, those first whose owner has the fewest rows."""
+        self._make_place()
         while self._waiting and len(self._running) + len(self._reading) < self._max_running:
             owned = Counter(row.reader.owner for row in (*self._running, *self._reading))
             ready = [row for row in self._waiting if not self._is_read_by_another(row)]
@@ -285,6 +288,19 @@ class BatchEngine:
             self._waiting.remove(row)
             self._reading.append(row)
             self._forwards.clear()  # a model may change between requests
+
+    def _make_place(self) -> None:
+        """Where all are taken, the youngest row of the owner with most of them leaves its own to an owner with none."""
+        if len(self._running) + len(self._reading) < self._max_running:
+            return
+        owned = Counter(row.reader.owner for row in (*self._running, *self._reading))
+        owner, rows = owned.most_common(1)[0]
+        if rows > 1 and any(row.reader.owner not in owned for row in self._waiting):
+            youngest = max((row for row in self._running if row.reader.owner == owner), key=_number, default=None)
+            if youngest is not None:
+                if self._can_share(youngest):
+                    self._prefixes.keep(youngest.reading)
+                self._start_over(youngest)
 
     def _is_read_by_another(self, row: Row) -> bool:
         """Whether most of a prompt is being read for another request: it will be copied then."""
@@ -484,7 +500,7 @@ class BatchEngine:
 
     def _grow(self) -> None:
         """Makes room for the next token of each row; the youngest rows start over later if there is none."""
-        for row in sorted(self._running, key=lambda row: row.number):
+        for row in sorted(self._running, key=_number):
             while row in self._running and row.needs_room():
                 wanted = min(len(row.prompt) + row.limit, 2 * row.capacity_tokens)
                 least = row.read_tokens + 1
@@ -493,7 +509,7 @@ class BatchEngine:
                     if fits is not None:
                         row.resize(fits)
                         continue
-                    self._start_over(max((*self._running, *self._reading), key=lambda row: row.number))
+                    self._start_over(max((*self._running, *self._reading), key=_number))
 
     def _start_over(self, row: Row) -> None:
         (self._running if row in self._running else self._reading).remove(row)
@@ -526,6 +542,10 @@ class BatchEngine:
         for rows in (self._waiting, self._reading, self._running):
             if row in rows:
                 rows.remove(row)
+
+
+def _number(row: Row) -> int:
+    return row.number
 
 
 def _cache_tokens(model: Any, max_running: int, cache_bytes: int | None) -> int:
