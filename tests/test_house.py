@@ -56,6 +56,18 @@ def test_the_command_starts_without_heavy_imports(arguments: list[str]) -> None:
     assert run.stdout.splitlines()[-1:] == ["imported []"], run.stdout + run.stderr
 
 
+# --- the documents ---
+
+
+def test_tests_that_documents_name_are_there() -> None:
+    """A table of cases is worth what its tests are: a file or test that is renamed must be renamed here too."""
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    names = set(re.findall(r"^\s*(?:async )?def (test_\w+)", "\n".join(tests.values()), re.MULTILINE))
+    for document in DOCUMENTS:
+        for name in re.findall(r"`(test_\w+(?:\.py)?)`", document.read_text(encoding="utf-8")):
+            assert name in tests or name in names, f"{document.name} names {name}"
+
+
 # --- the source ---
 
 
