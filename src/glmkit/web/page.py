@@ -241,6 +241,8 @@ def relabel(page: Page, language: Language) -> dict[Any, Any]:
         page.delete_sure: gr.update(value=t("delete_sure")),
         page.sign_out: f'<a class="glm-out" href="/logout" title="{t("sign_out")}" aria-label="{t("sign_out")}">⎋</a>',
         page.upload: gr.update(label=t("import")),
+        page.language: gr.update(label=t("language")),
+        page.announce: '<div role="status" aria-live="polite"></div>',
         page.mode: gr.update(label=t("mode"), choices=[(t(f"mode_{mode}"), mode) for mode in MODES]),
         page.once: gr.update(value=t("once")),
         page.always: gr.update(value=t("always")),

@@ -36,6 +36,7 @@ _LOCAL = re.compile(r"/figures/[0-9a-f]+/[0-9a-f]+\.png")
 _SCHEME = re.compile(
     r"\](?=(?:\(|:)\s*<?\s*(?:(?:j\s*a\s*v\s*a|v\s*b)\s*s\s*c\s*r\s*i\s*p\s*t|data|file|blob)\s*:)", re.IGNORECASE
 )
+_OWN = re.compile(r"\n*<span class=\"glm-[a-z]+\">[^<]*</span>")  # what the page adds below an answer
 _MARKUP = re.compile(r"[\\`*_\[\]<$|~&]")
 _LINE_MARKUP = re.compile(r"^([ \t]*(?:\d+(?=[.)]))?)([#>+=.)-])", re.MULTILINE)
 _INDENT = re.compile(r"^[ \t]+", re.MULTILINE)
@@ -110,7 +111,7 @@ def original(text: str) -> str:
     Args:
         text: Markdown from the page.
     """
-    text = text.replace(JOINER + "\\", "")
+    text = _OWN.sub("", text).replace(JOINER + "\\", "")
     text = text.replace("<" + JOINER, "<").replace("!" + JOINER, "!").replace("]" + JOINER, "]")
     for space, shown in _SPACES.items():
         text = text.replace(JOINER + shown, space)
@@ -202,11 +203,10 @@ def rows(talk: Talk, language: Language) -> list[Row]:
             questions += 1
             made.append(Row({"role": "user", "content": plain_markdown(part.text)}, part.place))
         elif part.kind == "text":
-            if part.text:
-                made.append(Row({"role": "assistant", "content": safe_markdown(part.text, language)}, part.place))
             caption = _caption(part, language, bool(talk.adapter or part.note.adapter))
-            if caption:
-                made.append(Row({"role": "assistant", "content": caption}))
+            pieces = [piece for piece in (safe_markdown(part.text, language), caption) if piece]
+            if pieces:
+                made.append(Row({"role": "assistant", "content": "\n\n".join(pieces)}, part.place))
         else:
             made += _panel(talk, part, language)
     if talk.running and (not talk.live or not made or made[-1].shown["role"] == "user"):

@@ -26,7 +26,7 @@
   const clean = (text) =>
     text.replaceAll("\u2060\\", "").replaceAll("<\u2060", "<").replaceAll("!\u2060", "!").replaceAll("]\u2060", "]")
       .replaceAll("\u2060\u00a0", " ").replaceAll("\u2060\u2003", "\t")
-      .replace(/<span class="glm-[a-z]+">[^<]*<\/span>/g, "");
+      .replace(/\n*<span class="glm-[a-z]+">[^<]*<\/span>/g, "");
   if (navigator.clipboard?.writeText) {
     const write = navigator.clipboard.writeText.bind(navigator.clipboard);
     navigator.clipboard.writeText = (text) => write(clean(String(text)));
@@ -113,8 +113,9 @@
     if (document.documentElement.lang !== language) document.documentElement.lang = language;
     nameButtons(language);
     for (const box of document.querySelectorAll("#glm-chat textarea")) {
-      if (!box.value.includes("\u2060")) continue; // a message that is edited
-      box.value = clean(box.value);
+      const plain = clean(box.value); // a message that is edited
+      if (plain === box.value) continue;
+      box.value = plain;
       box.dispatchEvent(new Event("input", { bubbles: true }));
     }
     closeForPhone();
