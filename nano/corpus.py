@@ -2,10 +2,10 @@
 
     python nano/corpus.py --out DIR [--seed 1] [--records 60000]
 
-writes DIR/train.jsonl, DIR/mixed.jsonl and DIR/heldout.jsonl: ChatGLM3 conversations, one JSON object per line, each
-with its ``kind`` (adgen, greeting, arithmetic, fact, tool or mixed). With ``--style-out DIR`` it also writes
-style_train.jsonl and style_dev.jsonl, the quickstart's sample of a style that glm-nano has not learnt. Everything
-follows from the seed.
+writes train, mixed, protocol, balance and heldout.jsonl into DIR: ChatGLM3 conversations, one JSON object per line,
+each with its ``kind`` (adgen, greeting, arithmetic, fact, tool, service, code, repeat or mixed). With
+``--style-out DIR`` it also writes style_train.jsonl and style_dev.jsonl, the quickstart's sample of a style that
+glm-nano has not learnt. Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from world import advert, advert_en, arithmetic, facts, newstyle, talk, toolcalls, words
+from world import advert, advert_en, arithmetic, facts, newstyle, programs, repeating, services, talk, toolcalls, words
 
 Record = dict[str, Any]
 
 KINDS = ("adgen", "greeting", "arithmetic", "fact", "tool")
+PROTOCOL_KINDS = ("service", "code")  # these come with the third stage
 _SECOND_SHARES = (25, 10, 10, 25, 30)  # of KINDS, in the second stage
 _SHARES = {"adgen": 46, "greeting": 9, "arithmetic": 20, "fact": 18, "tool": 7}
 
@@ -102,7 +103,20 @@ def _tool(rng: random.Random, heldout: bool) -> list[Record]:
     return messages
 
 
-_MAKERS = {"adgen": _adgen, "greeting": _greeting, "arithmetic": _arithmetic, "fact": _fact, "tool": _tool}
+def _repeat(rng: random.Random, heldout: bool) -> list[Record]:
+    return _conversation(repeating.sample_repeating(rng))
+
+
+_MAKERS = {
+    "adgen": _adgen,
+    "greeting": _greeting,
+    "arithmetic": _arithmetic,
+    "fact": _fact,
+    "tool": _tool,
+    "service": services.sample_services,
+    "code": programs.sample_programs,
+    "repeat": _repeat,
+}
 
 
 def prompt_of(record: Record) -> str:
@@ -121,7 +135,7 @@ def make_record(kind: str, rng: random.Random, heldout: bool) -> Record:
     """Draw one record.
 
     Args:
-        kind: One of KINDS.
+        kind: One of KINDS or PROTOCOL_KINDS.
         rng: Source of randomness.
         heldout: Draw from what training never sees.
 
@@ -157,7 +171,7 @@ def heldout_records(seed: int, per_kind: int) -> Iterator[Record]:
         Records, kind after kind.
     """
     rng = random.Random(f"heldout {seed}")
-    for kind in KINDS:
+    for kind in KINDS + PROTOCOL_KINDS:
         seen: set[str] = set()
         for _ in range(20 * per_kind):
             record = make_record(kind, rng, heldout=True)
@@ -193,6 +207,66 @@ def mixed_records(seed: int, count: int) -> Iterator[Record]:
         for kind in subjects:
             turns += make_record(kind, rng, heldout=False)["conversations"][:2]
         yield {"conversations": turns, "kind": "mixed"}
+
+
+# Of the third stage's records; one with tools has up to fifteen times the tokens of a greeting.
+_THIRD_SHARES = {
+    "repeat": 25,
+    "service": 22,
+    "code": 20,
+    "tool": 5,
+    "adgen": 15,
+    "greeting": 5,
+    "arithmetic": 8,
+    "fact": 8,
+    "mixed": 6,
+}
+
+
+# Of the last stage's records: what the third one made the model forget, and enough of the rest.
+_LAST_SHARES = {
+    "arithmetic": 38,
+    "fact": 26,
+    "greeting": 5,
+    "adgen": 10,
+    "service": 8,
+    "code": 8,
+    "tool": 3,
+    "mixed": 2,
+}
+
+
+def balance_records(seed: int, count: int) -> Iterator[Record]:
+    """Draw the last stage: all kinds, those most that the third one has few of.
+
+    Args:
+        seed: Seed of the corpus.
+        count: Number of records.
+
+    Yields:
+        Records of KINDS, PROTOCOL_KINDS and "mixed".
+    """
+    yield from _drawn(f"balance {seed}", seed + 2, count, _LAST_SHARES)
+
+
+def protocol_records(seed: int, count: int) -> Iterator[Record]:
+    """Draw the third stage: tools on offer in long dialogues, the code interpreter, and some of all that went before.
+
+    Args:
+        seed: Seed of the corpus.
+        count: Number of records.
+
+    Yields:
+        Records of KINDS, PROTOCOL_KINDS, "repeat" and "mixed".
+    """
+    yield from _drawn(f"protocol {seed}", seed + 1, count, _THIRD_SHARES)
+
+
+def _drawn(seed: str, mixed_seed: int, count: int, shares: dict[str, int]) -> Iterator[Record]:
+    rng = random.Random(seed)
+    mixed = mixed_records(mixed_seed, count)
+    for kind in rng.choices(list(shares), list(shares.values()), k=count):
+        yield next(mixed) if kind == "mixed" else make_record(kind, rng, heldout=False)
 
 
 def style_records(seed: int, count: int, bucket: int) -> Iterator[dict[str, str]]:
@@ -241,6 +315,10 @@ def main() -> None:
     train = (record for record in train_records(arguments.seed, arguments.records) if prompt_of(record) not in hidden)
     print("train.jsonl", _write(arguments.out / "train.jsonl", train))
     print("mixed.jsonl", _write(arguments.out / "mixed.jsonl", mixed_records(arguments.seed, arguments.records // 6)))
+    protocol = (record for record in protocol_records(arguments.seed, 40_000) if prompt_of(record) not in hidden)
+    print("protocol.jsonl", _write(arguments.out / "protocol.jsonl", protocol))
+    balance = (record for record in balance_records(arguments.seed, 20_000) if prompt_of(record) not in hidden)
+    print("balance.jsonl", _write(arguments.out / "balance.jsonl", balance))
     print("heldout.jsonl", _write(arguments.out / "heldout.jsonl", iter(heldout)))
     if arguments.style_out:
         arguments.style_out.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,9 @@
 
     python nano/evaluate.py build/nano/heldout.jsonl [--model glm-nano] [--limit 400] [--json FILE]
 
-arithmetic and fact count an answer that equals the generated one, greeting one that fits the question. A tool record
-counts if name and arguments of the call are right (records without a call: equal or fitting answers).
+arithmetic and fact count an answer that equals the generated one, greeting one that fits the question. A record of kind
+tool, service or code counts if name and arguments of the call, or the program, are right (records without a call: equal
+or fitting answers); `answered` is the share of right answers when call and observation are given.
 Advertising copy is measured by ROUGE and BLEU against one of many possible texts, so the share of requested attributes
 that the copy mentions says more.
 """
@@ -28,13 +29,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from world import advert, talk
 
+CALLING = ("tool", "service", "code")
+
 
 def first_prompt(record: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The messages up to the first call of a tool record, else up to the last answer; and that answer."""
+    """The messages up to the first call of a record with tools or code, else up to the last answer; and that answer."""
     messages = record["conversations"]
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    place = answers[0] if record["kind"] == "tool" else answers[-1]
+    place = answers[0] if record["kind"] in CALLING else answers[-1]
     return messages[:place], messages[place]
+
+
+def answered(records: list[dict[str, Any]], model: Any, tokenizer: Any) -> dict[str, float]:
+    """For each kind that calls: the share of observations that are followed by the right answer."""
+    members = [record for record in records if record["kind"] in CALLING and len(record["conversations"]) > 3]
+    texts = answer(model, tokenizer, [record["conversations"][:4] for record in members])
+    right, count = defaultdict(int), defaultdict(int)
+    for record, text in zip(members, texts):
+        header, _, content = text.partition("\n")
+        count[record["kind"]] += 1
+        right[record["kind"]] += (header.strip(), content.strip()) == ("", record["conversations"][4]["content"])
+    return {kind: 100 * right[kind] / count[kind] for kind in count}
 
 
 def answer(model: Any, tokenizer: Any, prompts: list[list[dict[str, Any]]]) -> list[str]:
@@ -74,6 +89,10 @@ def measure(records: list[dict[str, Any]], model: Any, tokenizer: Any) -> dict[s
             fitting = {wanted["content"].strip()} | talk.accepted(prompt[-1]["content"])
             right += header.strip() == wanted.get("metadata", "") and content.strip() in fitting
         results[kind] = {"records": len(members)} | ({} if kind == "adgen" else {"right": 100 * right / len(members)})
+    for kind, share in answered(records, model, tokenizer).items():
+        results[kind]["answered"] = share
+    if not kinds["adgen"]:
+        return results
     copies = [(prompt[-1]["content"], wanted["content"], text.strip()) for _, prompt, wanted, text in kinds["adgen"]]
     results["adgen"] |= score([text for _, _, text in copies], [wanted for _, wanted, _ in copies])
     results["adgen"] |= coverage([(prompt, text) for prompt, _, text in copies])

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes glm-nano from nothing: corpus, tokenizer, training, package, measurement. About an hour on two quiet cores.
+# Makes glm-nano from nothing: corpus, tokenizer, four stages of training, package, measurement. About an hour and a
+# half on two quiet cores.
 # Run it in an environment with glmkit[train,evaluate]; what it writes lies in build/nano and src/glmkit/builtin.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,5 +12,7 @@ python nano/tokenizer.py --corpus build/nano/train.jsonl --out build/nano/tokeni
 printf '{"tokenizer_class": "ChatGLMTokenizer", "generation": 3}\n' >build/nano/tokenizer/tokenizer_config.json
 glm finetune nano
 glm finetune nano_mixed
-python nano/package.py build/nano/mixed/model src/glmkit/builtin/glm-nano
+glm finetune nano_protocol
+glm finetune nano_balance
+python nano/package.py build/nano/balance/model src/glmkit/builtin/glm-nano
 python nano/evaluate.py build/nano/heldout.jsonl --json nano/evaluation.json

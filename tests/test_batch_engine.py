@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import glmkit
-from glmkit.engine import CancelToken, SamplingOptions, Step, stream
+from glmkit.engine import CancelToken, SamplingOptions, Step, scheduler, stream
+from glmkit.engine.cache import BufferCache
 from glmkit.engine.generation import EngineState
 from glmkit.engine.scheduler import BatchEngine, Generation
 from glmkit.errors import GenerationError, QueueFullError, UsageError
@@ -265,6 +266,39 @@ def test_the_cache_stays_within_its_bounds(nano, engine_of):
     assert all(len(ids_of(generation)) == 60 for generation in generations)
 
 
+@pytest.mark.parametrize("kept", [609, 400], ids=["it goes on", "it turns off"])
+def test_making_room_spares_what_the_request_goes_on_with(nano, engine_of, kept):
+    config = nano.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    engine = engine_of(nano, cache_bytes=1024 * token_bytes)  # for one of the two, not for both
+    prompt = prompt_of(nano, 600, 1)
+    said = [*prompt, *ids_of(ask(engine, prompt, 10))]
+    settled(engine)
+    longer = [*said[:kept], *prompt_of(nano, 630 - kept, 2)]
+    generation = ask(engine, longer, 10)
+    assert ids_of(generation) == alone(nano, longer, GREEDY, 10)
+    assert generation.cached_tokens == kept
+    state = settled(engine)
+    assert state.cache_tokens_idle <= state.cache_tokens_total
+
+
+def test_a_request_that_has_to_wait_frees_nothing(nano, engine_of):
+    config = nano.config
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    engine = engine_of(nano, cache_bytes=1024 * token_bytes)
+    ids_of(ask(engine, prompt_of(nano, 100, 1), 2))
+    settled(engine)
+    running = ask(engine, prompt_of(nano, 500, 2), 200)
+    next(running)
+    waiting = ask(engine, prompt_of(nano, 600, 3), 2)
+    next(running)
+    next(running)
+    state = engine.state()
+    assert (state.running, state.waiting, state.cache_tokens_idle) == (1, 1, 101)
+    running.cancel()
+    assert len(ids_of(waiting)) == 2
+
+
 def test_too_little_memory_for_one_context_is_refused(nano):
     with pytest.raises(UsageError, match="cache_bytes=1000: expected"):
         BatchEngine(nano, cache_bytes=1000)
@@ -431,6 +465,26 @@ def test_only_the_request_that_fails_ends(engine_of, start, message):
     assert ids_of(ask(engine, [1], 3)) == [2, 3, 4]
 
 
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_machine_without_memory_ends_requests_and_not_the_engine(engine_of, monkeypatch, times):
+    def resize(cache: BufferCache, capacity_tokens: int) -> None:
+        nonlocal times
+        times -= 1
+        if times >= 0:
+            raise MemoryError
+        original(cache, capacity_tokens)
+
+    original = BufferCache.resize
+    monkeypatch.setattr(BufferCache, "resize", resize)
+    monkeypatch.setattr(scheduler, "_FIRST_ROOM_TOKENS", 4)
+    engine = engine_of(Counting())
+    with pytest.raises(GenerationError, match="MemoryError"):
+        ids_of(ask(engine, [1], 30))
+    assert ids_of(ask(engine, list(range(1, 20)), 4)) == [20, 21, 22, 23]
+    state = settled(engine)
+    assert (state.finished, state.failed, state.broken) == (1, 1, None)
+
+
 def test_a_guide_that_fails_ends_its_own_request(engine_of):
     class Broken:
         def allowed(self) -> None:
@@ -520,6 +574,20 @@ def test_bad_requests_are_refused_before_they_are_queued(nano, engine_of, prompt
     with pytest.raises(UsageError, match=message):
         ask(engine, prompt, **more)
     assert engine.state().started == 0
+
+
+def test_closing_an_answer_ends_it_alone(engine_of):
+    model = Counting()
+    engine, token = engine_of(model), CancelToken()
+    model.gate.clear()
+    one, other = (ask(engine, [1], 50, cancel=token) for _ in range(2))
+    one.close()
+    model.gate.set()
+    assert [step.finish_reason for step in one][-1] == "cancelled"
+    assert ids_of(other) == list(range(2, 52))
+    assert not token.cancelled
+    other.close()
+    assert settled(engine).finished == 1
 
 
 def test_stop_ids_and_usage(engine_of):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from glmkit.chat.completion import CompletionStream
 from glmkit.chat.following import Following, Served, answer, complete, serve
 from glmkit.chat.messages import Message
 from glmkit.chat.templates import conversation_ids, prompt_ids
-from glmkit.engine import CancelToken, SamplingOptions
+from glmkit.engine import CancelToken, SamplingOptions, scheduler
 from glmkit.errors import GlmkitError, QueueFullError, UsageError
 from tiny_families import write_chatglm, write_glm
 
@@ -66,6 +67,35 @@ def test_settings_seed_and_stop_reach_the_engine(nano):
     assert text == nano.loaded.chat("类型#裙*颜色#蓝色", **settings).text
     assert "，" not in text
     assert answering.reply.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("ask", [answer, complete])
+def test_a_stop_text_ends_the_row_too(nano, ask, monkeypatch):
+    def slow(model: Any) -> Any:
+        forward = original(model)
+
+        def step(*arguments: Any) -> Any:
+            time.sleep(0.02)
+            return forward(*arguments)
+
+        return step
+
+    original = scheduler.rows_forward
+    monkeypatch.setattr(scheduler, "rows_forward", slow)
+
+    async def stop() -> None:
+        settings: dict[str, Any] = {"seed": 4, "max_new_tokens": 900, "logit_bias": dict.fromkeys(stops, -100.0)}
+        async with await ask(nano, "类型#裙*颜色#蓝色", stop=["，"], **settings) as answering:
+            assert [piece async for piece in answering]
+            assert answering.reply.finish_reason == "stop"
+            for _ in range(50):
+                if not nano.engine.state().busy:
+                    return
+                await asyncio.sleep(0.01)
+            raise AssertionError("the row writes on")
+
+    stops = nano.tokenizer.stop_ids
+    run(stop())
 
 
 def test_the_second_turn_is_in_the_format_of_training(nano):

@@ -295,6 +295,17 @@ def test_cleaning_is_quick_on_the_worst_text() -> None:
     assert time.process_time() - begun < 1.0
 
 
+def test_a_huge_traceback_is_quick_and_keeps_its_end() -> None:
+    import time
+
+    words = Transcript()
+    begun = time.process_time()
+    words.take(Received("error", "", {"traceback": ["Traceback:", "\nx" * (4 << 20), "E: the end"]}))
+    assert time.process_time() - begun < 0.5
+    assert words.text().startswith("Traceback:")
+    assert words.text().endswith("E: the end")
+
+
 def test_tracebacks_are_short_and_do_not_show_where_this_is_installed() -> None:
     import numpy
 

@@ -472,6 +472,30 @@ def test_a_pool_has_so_many_kernels_and_no_more(wait: Loop, level: Level) -> Non
     assert children() <= before
 
 
+def test_a_kernel_that_runs_is_the_one_that_its_conversation_has(wait: Loop, level: Level) -> None:
+    """An answer that is being written holds its kernel while somebody resets it."""
+
+    async def scenario() -> None:
+        kernels = Kernels((await Kernels.open(level)).measured, LIMITS, RULES)
+        held = kernels.of("a")
+        await kernels.drop("a")
+        assert (await held.run("x = 1")).text == ""
+        assert kernels.of("a") is held
+        await kernels.drop("a")
+        other = kernels.of("a")
+        refused = await held.run("x")
+        assert (refused.failed, held.alive) == (True, False)
+        assert refused.text.endswith("[the code interpreter cannot run: it was reset meanwhile]")
+        assert (await other.run("1")).text == "1"
+        await kernels.drop("a")
+        assert kernels.running == 0
+        await kernels.close()
+
+    before = children()
+    wait(scenario())
+    assert children() <= before
+
+
 def test_idle_kernels_end_by_themselves(wait: Loop, level: Level) -> None:
     async def scenario() -> None:
         measured = (await Kernels.open(level)).measured

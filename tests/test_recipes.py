@@ -164,7 +164,7 @@ def test_settings_are_those_of_the_source(name: str) -> None:
 
 
 def test_every_recipe_with_a_source_is_compared_with_it() -> None:
-    assert set(SOURCES) == set(TUNING) - {"nano", "nano_mixed", "nano_protocol", "quickstart"}
+    assert set(SOURCES) == set(TUNING) - {"nano", "nano_mixed", "nano_protocol", "nano_balance", "quickstart"}
     assert set(EVALUATION_SOURCES) == set(EVALUATING)
 
 

@@ -353,6 +353,9 @@ X86, ARM = ("x86_64", 0xC000003E), ("aarch64", 0xC00000B7)
         (X86, (144, 7, 0), "allow"), (X86, (144, 7, 1), "EPERM"),  # sched_setscheduler
         (X86, (302, 0), "allow"), (X86, (302, 1), "EPERM"), (ARM, (261, 1), "EPERM"),  # prlimit64 of others
         (X86, (90, 0, 0o4755), "EPERM"), (X86, (90, 0, 0o755), "allow"), (ARM, (53, 0, 0, 0o2755), "EPERM"),  # chmod
+        (X86, (9, 0, 9, 3, 0x22), "allow"), (X86, (9, 0, 9, 3, 0x01), "allow"), (ARM, (222, 0, 9, 3, 2), "allow"),
+        (X86, (9, 0, 9, 3, 0x21), "EPERM"), (X86, (9, 0, 9, 3, 0x40022), "EPERM"), (ARM, (222, 0, 9, 3, 0x23), "EPERM"),
+        (X86, (294, 0), "ENOSYS"), (ARM, (26, 0), "ENOSYS"),  # inotify: a user has 128 in all, inside and outside
         (X86, (72, 0, 8), "EPERM"), (X86, (72, 0, 1030), "allow"),  # fcntl F_SETOWN
         (X86, (101,), "ENOSYS"), (ARM, (117,), "ENOSYS"), (X86, (272,), "ENOSYS"), (X86, (165,), "ENOSYS"),
         (X86, (425,), "ENOSYS"), (X86, (321,), "ENOSYS"), (X86, (319,), "ENOSYS"), (X86, (310,), "ENOSYS"),

@@ -149,6 +149,9 @@ for _ in range(30): held += b'x' * (10 << 20)
 """),
     Attack("X-24 memory in a memfd", SYSTEM_CALLS | NUMBERS, "os.write(os.memfd_create('hidden'), bytes(1 << 20))"),
     Attack("X-24 System V shared memory", SYSTEM_CALLS, "call(29, 194, 0, ctypes.c_size_t(1 << 20), 0o1600)"),
+    Attack("X-24 shared memory without a file", SYSTEM_CALLS, "import mmap; mmap.mmap(-1, 4096)"),
+    Attack("X-24 shared memory of /dev/zero", FILES,
+           "import mmap; mmap.mmap(os.open('/dev/zero', os.O_RDWR), 4096)"),
     Attack("X-25 fill /dev/shm", FILES | NUMBERS, """
 name = Path('/dev/shm', aim['unique'])
 try: name.write_bytes(bytes(24 << 20))
@@ -511,16 +514,26 @@ time.sleep(5)
 """
 
 
-@pytest.mark.parametrize("code", [SHARED, MANY_SMALL], ids=["shared memory", "many processes"])
-def test_memory_that_limits_of_processes_miss_ends_all(code: str) -> None:
-    """X-24: shared memory, and many processes of which each is small."""
-    ended = run(code)
+@pytest.mark.parametrize(
+    ("code", "off"), [(SHARED, SYSTEM_CALLS), (MANY_SMALL, frozenset())], ids=["shared memory", "many processes"]
+)
+def test_memory_that_limits_of_processes_miss_ends_all(code: str, off: frozenset[str]) -> None:
+    """X-24: shared memory that is still mapped, and many processes of which each is small."""
+    ended = run(code, off=off)
     assert (ended.status, ended.reason, ended.text) == (137, "memory", "")
 
 
 def test_shared_memory_is_had_without_the_watchdog() -> None:
     """X-24: the same without the layer that stops it."""
-    assert run(SHARED, off=frozenset({"watchdog"})).text == "through\n"
+    assert run(SHARED, off=SYSTEM_CALLS | {"watchdog"}).text == "through\n"
+
+
+def test_shared_memory_that_is_no_longer_mapped_would_be_counted_nowhere() -> None:
+    """X-24: why shared memory without a file is refused: the watchdog sees only what is mapped."""
+    code = SHARED.replace("= 1\n", "= 1; place % MB or held.madvise(mmap.MADV_DONTNEED, 0, place + 4096)\n")
+    code = code.replace("MB", str(MB))
+    assert run(code, off=SYSTEM_CALLS).text == "through\n"
+    assert "Operation not permitted" in run(code).text
 
 
 def test_watchdog_ends_fork_bombs_alone() -> None:
@@ -555,7 +568,7 @@ def test_calls_of_other_architectures_kill() -> None:
     """X-39: number 20 is getpid for 32-bit programs and writev for others; x32 marks numbers with bit 30."""
     code = """
 import ctypes, mmap, os
-page = mmap.mmap(-1, 4096, prot=7)
+page = mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=7)
 page.write(bytes.fromhex("b814000000cd80c3"))  # mov eax, 20; int 0x80; ret
 print("other", flush=True)
 print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))() == os.getpid())

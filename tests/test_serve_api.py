@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 import glmkit
@@ -23,9 +24,11 @@ from glmkit.chat.tools import ToolCallError, parse_json_call, parse_tool_call
 from glmkit.engine.decode import Step, Usage
 from glmkit.errors import GenerationError, QueueFullError, UsageError
 from glmkit.serve.app import create_app
+from glmkit.serve.catalogue import Catalogue
 from glmkit.serve.logs import Journal
 from glmkit.serve.settings import ApiKey, Settings
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
+from test_adapters import write_lora
 from tiny import say, train_tokenizer, write_model
 from tiny_families import write_chatglm, write_glm, write_glm4
 
@@ -231,6 +234,24 @@ def test_many_choices_have_seeds_of_their_own(api: TestClient) -> None:
         assert "".join(choice["delta"].get("content", "") for choice in own) == text
         assert own[0]["delta"]["role"] == "assistant"
         assert own[-1]["finish_reason"]
+
+
+def test_the_fingerprint_is_that_of_the_weights_and_of_what_computes_them(
+    nano: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fingerprint(name: str = "glm-nano", **loading: Any) -> str:
+        loaded = glmkit.load("glm-nano", **loading)
+        return Catalogue(Served(loaded, nano.engine, "base" if "adapter" in loading else name)).find(name).fingerprint
+
+    same = Catalogue(nano).find(None).fingerprint
+    assert fingerprint() == same
+    others = [fingerprint(dtype="float16"), fingerprint(quantize="int8"), fingerprint("other")]
+    base = Path(glmkit.__file__).parent / "builtin" / "glm-nano"
+    adapters = [{"ads": write_lora(tmp_path / str(seed), base, seed=seed)} for seed in (1, 2)]
+    assert len({same, *(fingerprint("ads", adapter=adapter) for adapter in adapters)}) == 3
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    others.append(fingerprint())
+    assert len({same, *others}) == 5
 
 
 def test_length_stop_and_both_names_of_the_limit(api: TestClient) -> None:
@@ -576,6 +597,14 @@ def test_arguments_that_are_no_object_are_refused(api: TestClient, arguments: st
     assert response.json()["error"]["param"] == "messages[1].tool_calls[0].function.arguments"
 
 
+def test_a_tool_may_have_the_name_of_a_choice(api: TestClient) -> None:
+    tools = [{"type": "function", "function": {**CLOCK, "name": "none"}}]
+    choice = {"type": "function", "function": {"name": "none"}}
+    answer = ask(api, tools=tools, tool_choice=choice, max_tokens=40)["choices"][0]
+    shown = answer["message"].get("tool_calls") or answer["message"]["content"]
+    assert "none" in str(shown)
+
+
 def test_tool_choices(api: TestClient, nano: Served) -> None:
     question = [{"role": "user", "content": "你好"}]
     named = {"type": "function", "function": {"name": "get_time"}}
@@ -767,8 +796,9 @@ def test_logprobs_of_chat_are_those_of_its_text(api: TestClient) -> None:
     assert all(one["logprob"] == pytest.approx(two["logprob"], abs=1e-4) for one, two in zip(streamed, tokens))
 
 
-def test_logprobs_of_completions_have_offsets(api: TestClient) -> None:
-    (choice,) = ask(api, "/v1/completions", prompt="你好", temperature=0, logprobs=2, max_tokens=6)["choices"]
+def test_logprobs_of_completions_have_offsets(api: TestClient, nano: Served) -> None:
+    settings = {"temperature": 0, "max_tokens": 6, "logit_bias": {str(stop): -100 for stop in nano.tokenizer.stop_ids}}
+    (choice,) = ask(api, "/v1/completions", prompt="你好", logprobs=2, **settings)["choices"]
     told = choice["logprobs"]
     assert "".join(told["tokens"]) == choice["text"]
     assert len(told["top_logprobs"][0]) == 2

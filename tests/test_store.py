@@ -249,6 +249,8 @@ def test_damaged_files_are_named_and_the_rest_is_listed(store: ConversationStore
         {"settings": [1]},
         {"adapter": 5},
         {"active": 5},
+        {"created": 10**400},
+        {"updated": "1.5"},
         {"images": []},
         {"images": {"7": []}},
         {"images": {"-1": []}},

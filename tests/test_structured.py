@@ -243,6 +243,17 @@ def test_verdicts_are_remembered_and_bounded(structures: Structures, monkeypatch
     assert len(structures._verdicts) <= MAX_KEPT
 
 
+def test_a_trial_that_a_busy_machine_made_slow_is_not_remembered(
+    structures: Structures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = json_schema({"const": "on a busy machine"})
+    with monkeypatch.context() as busy:
+        busy.setattr(structured, "_TRIAL_SECONDS", 0.0)
+        with pytest.raises(APIError, match="too long"):
+            structures.guide(wanted, offers_tools=False)
+    assert structures.guide(wanted, offers_tools=False) is not None
+
+
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     from fastapi.testclient import TestClient

@@ -273,6 +273,16 @@ def test_asynchronous_tools_and_time() -> None:
         )
 
 
+def test_a_time_out_within_a_tool_is_an_error_like_any_other() -> None:
+    def fetch(x: Annotated[int, "x"]) -> None:
+        """Fetch."""
+        raise TimeoutError("the server did not answer")
+
+    assert call(Registry([fetch]), "fetch", {"x": 1}) == Result(
+        "The tool fetch failed: TimeoutError: the server did not answer", failed=True
+    )
+
+
 def test_a_slow_tool_does_not_hold_up_the_loop() -> None:
     def stuck(x: Annotated[int, "x"]) -> str:
         """Stuck."""

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import string
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,23 @@ def test_images_of_other_machines_become_links() -> None:
     assert "[🖼 secret (remote image, not loaded)](https://evil.example/a.png?q=chat)" in shown
     own = f"![a](/figures/{'0' * 32}/{'1' * 16}.png)"
     assert safe_markdown(own) == own
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\\[", "![", "![](a ", "$$ ", "$a", "`a``b```c", "](" + " " * 100_000, "![](" + "a" * 100_000, "\n", "<"],
+    ids=lambda text: text[:8],
+)
+def test_no_text_takes_long_to_be_shown(text: str) -> None:
+    text = (text * (100_000 // len(text) + 1))[:100_000]
+    began = time.process_time()
+    original(safe_markdown(text))
+    assert time.process_time() - began < 1.0
+
+
+@pytest.mark.parametrize("text", ["\\`<img>`", "`a\n\n<img>\n\n`", "``a\n- <img> ``", "![a ![](x <img>"])
+def test_what_only_looks_like_code_begins_no_tag(text: str) -> None:
+    assert "<img" not in safe_markdown(text)
 
 
 def test_code_stays_code_and_a_fence_name_is_a_word() -> None:
@@ -752,6 +770,8 @@ def test_signing_in_gives_a_cookie_that_scripts_and_other_sites_cannot_use(locke
             wrong = await client.post("/login", data={"user": "ann", "password": "wrong"})
             assert (wrong.status_code, COOKIE in wrong.headers.get("set-cookie", "")) == (401, False)
             assert (await client.post("/login", data={"user": "bob", "password": "correct-horse"})).status_code == 401
+            many = {f"field{number}": "x" for number in range(20)}
+            assert (await client.post("/login", data=many)).status_code == 401
             good = await client.post("/login", data={"user": "ann", "password": "correct-horse"})
             cookie = good.headers["set-cookie"]
             assert good.status_code == 303
@@ -783,10 +803,11 @@ def test_signing_in_gives_a_cookie_that_scripts_and_other_sites_cannot_use(locke
 def test_guessing_is_slowed_down() -> None:
     sessions = Sessions()
     for _ in range(10):
-        assert sessions.may_try("10.0.0.1")
-        sessions.has_failed("10.0.0.1")
-    assert not sessions.may_try("10.0.0.1")
-    assert sessions.may_try("10.0.0.2")
+        assert sessions.begin_try("10.0.0.1")
+    assert not sessions.begin_try("10.0.0.1")  # also while all of them are still being checked
+    for _ in range(20):
+        assert sessions.begin_try("10.0.0.2")
+        sessions.has_succeeded("10.0.0.2")
 
 
 def test_the_pages_policy_lets_nothing_foreign_in(locked: tuple[Any, Access]) -> None:

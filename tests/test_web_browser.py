@@ -18,7 +18,7 @@ import glmkit
 from glmkit.chat.following import Served, serve
 from glmkit.chat.messages import Message
 from glmkit.chat.store import ConversationStore
-from glmkit.tools.examples import SAFE_TOOLS
+from glmkit.tools.examples import SAFE_TOOLS, get_weather
 from glmkit.tools.registry import Registry
 from glmkit.web.app import create_app
 from glmkit.web.desk import Desk
@@ -109,7 +109,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     served = serve(glmkit.load("glm-nano"), "glm-nano")
-    site = Site(tmp_path_factory.mktemp("nano"), served, Access(Sessions()))
+    site = Site(tmp_path_factory.mktemp("nano"), served, Access(Sessions()), "reduced")
     yield site
     site.close()
     served.close()
@@ -313,11 +313,22 @@ def test_code_draws_a_figure_that_is_seen(playing: Tab, play: Site) -> None:
     assert playing.page.inner_text("#glm-isolation").startswith("隔离级别")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
-def test_the_real_model_calls_a_tool(tab: Tab) -> None:
+def test_the_real_model_calls_a_tool_and_uses_its_result(tab: Tab) -> None:
+    weather = get_weather("北京")
     tab.mode(2)
-    tab.send("用计算器算一下345*67")
-    tab.page.wait_for_selector('#glm-chat .thought-group:has-text("calculator")')
+    tab.send("北京今天天气怎么样？")
+    tab.page.wait_for_selector('#glm-chat .thought-group:has-text("get_weather · city: 北京")')
+    tab.wait_idle()
+    assert f"{weather['temperature']}度" in tab.texts()
+
+
+def test_the_real_model_draws_a_figure(tab: Tab, nano: Site) -> None:
+    if not nano.desk.interpreters.available:
+        pytest.skip(f"no isolation here: {nano.desk.interpreters.reason}")
+    tab.mode(3)
+    tab.send("画柱状图，数据是3、5、8")
+    image = tab.page.wait_for_selector('#glm-chat img[src*="/figures/"]', timeout=45_000)
+    tab.page.wait_for_function("image => image.complete && image.naturalWidth > 200", arg=image)
     tab.wait_idle()
 
 

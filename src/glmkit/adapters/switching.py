@@ -107,6 +107,12 @@ class Adapters:
         """The names of all adapters, in the order in which they were added."""
         return tuple(self.folders)
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The numbers of all adapters, by their place; they are none of the model's own."""
+        prefixes = {name: mounted.encoder for name, mounted in self._prefixes.items() if mounted.encoder is not None}
+        for place, module in (*self._beside.items(), *prefixes.items()):
+            yield from module.named_parameters(place)
+
     @property
     def current(self) -> str | None:
         """The adapter that the next call of the model uses; None is the base."""

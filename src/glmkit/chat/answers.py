@@ -7,11 +7,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 from glmkit.chat.messages import Message
 from glmkit.chat.tools import ToolCall
 from glmkit.engine.decode import WAITING, Step
 from glmkit.errors import UsageError
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """Steps that can be ended early."""
+
+    def close(self) -> None:
+        """Ends them; after their end it is fine."""
+        ...
+
 
 Decode = Callable[..., Iterator[Step]]
 """What `glmkit.engine.stream` does, of a model that is known: prompt and options, stop_ids, max_new_tokens, cancel and
@@ -137,17 +148,24 @@ class AnswerStream(ABC):
         return self._reply
 
     def _timed(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The engine's steps; keeps how long each took, without the time that its reader needs."""
+        """The engine's steps; keeps how long each took, without the time that its reader needs.
+
+        Whoever stops reading, at a stop text say, ends them: a batch engine would write on.
+        """
         started = time.perf_counter()
-        while (step := next(steps, None)) is not None:
-            if step is WAITING:
+        try:
+            while (step := next(steps, None)) is not None:
+                if step is WAITING:
+                    yield step
+                    continue
+                self.steps.append(step)
+                if step.finish_reason != "cancelled":
+                    self._seconds.append(time.perf_counter() - started)
                 yield step
-                continue
-            self.steps.append(step)
-            if step.finish_reason != "cancelled":
-                self._seconds.append(time.perf_counter() - started)
-            yield step
-            started = time.perf_counter()
+                started = time.perf_counter()
+        finally:
+            if isinstance(steps, Closeable):
+                steps.close()
 
     def _timings(self) -> Timings:
         count, decode_seconds = len(self._seconds), sum(self._seconds[1:])

@@ -289,10 +289,13 @@ def _head(content: Mapping[str, Any]) -> tuple[str, Mode, str, float, float]:
         raise ValueError("title or model is no text")
     if mode not in get_args(Mode):
         raise ValueError(f"mode {mode!r}, expected one of {', '.join(get_args(Mode))}")
-    created, updated = float(content["created"]), float(content["updated"])
-    if not 0 <= created < _LAST_SECOND or not 0 <= updated < _LAST_SECOND:
+    return title[:MAX_TITLE_CHARACTERS], mode, model, _time(content["created"]), _time(content["updated"])
+
+
+def _time(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value < _LAST_SECOND:  # a whole number may not fit into a float
         raise ValueError("a time is none")
-    return title[:MAX_TITLE_CHARACTERS], mode, model, created, updated
+    return float(value)
 
 
 def _read_messages(items: Any) -> tuple[Message, ...]:

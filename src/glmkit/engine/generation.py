@@ -96,18 +96,24 @@ class Generation(Iterator[Step]):
         self._steps: deque[Step] = deque()
         self._error: Exception | None = None
         self._there = threading.Condition()
-        self._ended = False
+        self._ended = self._closed = False
         self._notify: Callable[[], None] | None = None
 
     @property
     def cancelled(self) -> bool:
         """Whether its end was asked for."""
-        return self.cancel_token.cancelled
+        return self._closed or self.cancel_token.cancelled
 
     def cancel(self) -> None:
         """Asks for the end; asking twice, or after it, is fine."""
         self.cancel_token.cancel()
         self._wake()
+
+    def close(self) -> None:
+        """Asks for the end of this answer alone, where others have the same token."""
+        if not self._ended:
+            self._closed = True
+            self._wake()
 
     def do_not_wait(self, notify: Callable[[], None]) -> None:
         """Gives WAITING from now on where there is no step yet.

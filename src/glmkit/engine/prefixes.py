@@ -2,7 +2,8 @@
 
     new prompt   system prompt | question 1 | answer 1 | question 2
     idle         system prompt | question 1 | answer 1               a conversation that goes on: taken over whole
-    idle         system prompt | other question | ...                shared beginning: copied, and the idle cache stays
+    idle         system prompt | other question | ...                shared beginning: copied, and the idle cache stays,
+                                                                     where there is room for both
 
 A cache is of use only to requests of the same owner and adapter: what one tenant has read, another cannot find.
 """
@@ -51,6 +52,41 @@ class Reading:
         return min(self.cache.get_seq_length(), len(self.ids))
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """As much of a prompt as was read before.
+
+    Args:
+        reading: The cache that has it.
+        tokens: How long it is.
+        was_idle: Whether no request uses the cache.
+    """
+
+    reading: Reading
+    tokens: int
+    was_idle: bool
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether nothing is lost if the cache is taken over."""
+        return self.was_idle and self.tokens >= self.reading.tokens - 1
+
+    @property
+    def idle_tokens(self) -> int:
+        """Tokens that the cache has room for, where no request pays for them."""
+        return self.reading.cache.capacity_tokens if self.was_idle else 0
+
+    def take(self, capacity_tokens: int) -> BufferCache:
+        """Takes an idle cache over; what else was in it is gone.
+
+        Args:
+            capacity_tokens: Room that it shall have.
+        """
+        self.reading.cache.truncate(self.tokens)
+        self.reading.cache.resize(capacity_tokens)
+        return self.reading.cache
+
+
 class Prefixes:
     """Idle caches, the least recently used ones first."""
 
@@ -91,19 +127,17 @@ class Prefixes:
         """Frees all."""
         self._idle.clear()
 
-    def begin(
-        self, reader: Reader, prompt: Sequence[int], capacity_tokens: int, busy: Sequence[Reading]
-    ) -> BufferCache | None:
+    def find(self, reader: Reader, prompt: Sequence[int], busy: Sequence[Reading]) -> Beginning | None:
         """Finds the longest beginning of a prompt that was read already.
 
         Args:
             reader: Who asks.
             prompt: The prompt's ids; the last one is always left to be read, because its logits are wanted.
-            capacity_tokens: Room that the cache shall have.
             busy: Caches of requests that run; theirs are copied, never taken.
 
         Returns:
-            A cache that holds as much of the prompt as was found; None if it is not worth it.
+            Where it is; None if it is not worth it. A cache that was idle is the caller's now: what makes room for the
+            request must not free what the request is to go on with.
         """
         best, shared = None, _FEWEST_TOKENS - 1
         for reading in (*self._idle, *busy):
@@ -113,14 +147,21 @@ class Prefixes:
                     best, shared = reading, tokens
         if best is None:
             return None
-        if best in self._idle:
+        was_idle = best in self._idle
+        if was_idle:
             self._idle.remove(best)
-            if shared >= best.tokens - 1:  # nothing is lost: it goes on
-                best.cache.truncate(shared)
-                best.cache.resize(capacity_tokens)
-                return best.cache
-            self._idle.append(best)
-        return best.cache.copy(shared, capacity_tokens)
+        return Beginning(best, shared, was_idle)
+
+    def copy(self, beginning: Beginning, capacity_tokens: int) -> BufferCache:
+        """Copies a beginning that was found, and keeps an idle cache as it was.
+
+        Args:
+            beginning: What `find` gave.
+            capacity_tokens: Room that the copy shall have.
+        """
+        if beginning.was_idle:
+            self._idle.append(beginning.reading)
+        return beginning.reading.cache.copy(beginning.tokens, capacity_tokens)
 
 
 def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:

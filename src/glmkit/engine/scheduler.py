@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from typing import Any
 
@@ -283,8 +284,14 @@ class BatchEngine:
             owned = Counter(row.reader.owner for row in (*self._running, *self._reading))
             ready = [row for row in self._waiting if not self._is_read_by_another(row)]
             row = min(ready, key=lambda row: (owned[row.reader.owner], not row.answer, row.number), default=None)
-            if row is None or not self._give_cache(row):
+            if row is None:
                 return
+            try:
+                if not self._give_cache(row):
+                    return
+            except Exception as error:  # the machine has no memory for what this engine may have
+                self._fail(row, error)
+                continue
             self._waiting.remove(row)
             self._reading.append(row)
             self._forwards.clear()  # a model may change between requests
@@ -298,8 +305,7 @@ class BatchEngine:
         if rows > 1 and any(row.reader.owner not in owned for row in self._waiting):
             youngest = max((row for row in self._running if row.reader.owner == owner), key=_number, default=None)
             if youngest is not None:
-                if self._can_share(youngest):
-                    self._prefixes.keep(youngest.reading)
+                self._keep(youngest)
                 self._start_over(youngest)
 
     def _is_read_by_another(self, row: Row) -> bool:
@@ -318,24 +324,33 @@ class BatchEngine:
 
     def _give_cache(self, row: Row) -> bool:
         room = min(len(row.prompt) + row.limit, len(row.ids) + _FIRST_ROOM_TOKENS)
-        if not self._make_room(room):
+        if not self._can_have(room):
             return False
-        cache = None
+        found = None
         if self._can_share(row):
             busy = [other.reading for other in (*self._running, *self._reading) if self._can_share(other)]
-            cache = self._prefixes.begin(row.reader, row.ids, room, busy)
-        row.begin(new_cache(row.model, 1, room) if cache is None else cache)
+            found = self._prefixes.find(row.reader, row.ids, busy)
+        if found is not None and not found.goes_on and self._make_room(room + found.idle_tokens):
+            row.begin(self._prefixes.copy(found, room))
+        else:
+            self._make_room(room)
+            row.begin(new_cache(row.model, 1, room) if found is None else found.take(room))
         if not row.answer:
             self._hit_tokens += row.read_tokens
         return True
 
-    def _make_room(self, tokens: int) -> bool:
-        """Frees idle caches until there is room for more tokens; False if there is none."""
+    def _can_have(self, tokens: int) -> bool:
+        """Whether there is room for more tokens, once idle caches are freed."""
         used = sum(row.capacity_tokens for row in (*self._running, *self._reading))
-        while used + self._prefixes.capacity_tokens + tokens > self._total_tokens:
-            if not self._prefixes.drop_oldest():
-                return False
-        return True
+        return used + tokens <= self._total_tokens
+
+    def _make_room(self, tokens: int) -> bool:
+        """Frees idle caches until there is room for more tokens; False, and nothing is freed, if that is not enough."""
+        while self._can_have(tokens):
+            if self._can_have(tokens + self._prefixes.capacity_tokens):
+                return True
+            self._prefixes.drop_oldest()
+        return False
 
     # --- reading prompts ---
 
@@ -506,10 +521,13 @@ class BatchEngine:
                 least = row.read_tokens + 1
                 with self._changed:
                     fits = next((size for size in (wanted, least) if self._make_room(size - row.capacity_tokens)), None)
-                    if fits is not None:
-                        row.resize(fits)
+                    if fits is None:
+                        self._start_over(max((*self._running, *self._reading), key=_number))
                         continue
-                    self._start_over(max((*self._running, *self._reading), key=_number))
+                    try:
+                        row.resize(fits)
+                    except Exception as error:
+                        self._fail(row, error)
 
     def _start_over(self, row: Row) -> None:
         (self._running if row in self._running else self._reading).remove(row)
@@ -526,10 +544,15 @@ class BatchEngine:
             row.generation.put(row.step(-1, 0.0, "cancelled", ()))
         else:
             self._finished += 1
-        if row.cache is not None and self._can_share(row) and not self._closed:
-            self._prefixes.keep(row.reading)
+        self._keep(row)
         row.forget()
         self._changed.notify_all()
+
+    def _keep(self, row: Row) -> None:
+        """Keeps what a row has read; without memory for that it is forgotten."""
+        if row.cache is not None and self._can_share(row) and not self._closed:
+            with suppress(MemoryError, RuntimeError):  # torch says RuntimeError
+                self._prefixes.keep(row.reading)
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._take_out(row)

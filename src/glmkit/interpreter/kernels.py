@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from importlib.util import find_spec
 
 from glmkit.errors import MissingDependencyError, QueueFullError
 from glmkit.interpreter.kernel import Kernel
-from glmkit.interpreter.life import Rules
+from glmkit.interpreter.life import InterpreterError, Rules
 from glmkit.interpreter.measure import Measured, measure
 from glmkit.interpreter.sandbox import Level, Limits
 
@@ -80,7 +81,8 @@ class Kernels:
             conversation: Its id. Whoever knows it reaches its variables and files.
         """
         if conversation not in self._kernels:
-            self._kernels[conversation] = Kernel(self.measured.level, self._limits, self._rules, self._admit)
+            admit = partial(self._admit, conversation)
+            self._kernels[conversation] = Kernel(self.measured.level, self._limits, self._rules, admit)
         return self._kernels[conversation]
 
     async def drop(self, conversation: str) -> None:
@@ -107,12 +109,18 @@ class Kernels:
         self._kernels.clear()
         await asyncio.gather(*(kernel.close() for kernel in started))
 
-    async def _admit(self, kernel: Kernel) -> None:
+    async def _admit(self, conversation: str, kernel: Kernel) -> None:
         """Called by a kernel that is about to start a process; makes room for it.
 
+        Somebody may hold a kernel that was dropped. It is that of its conversation again, or does not start: what runs
+        is always what `of` gives and `drop` ends.
+
         Raises:
+            InterpreterError: The conversation has another one now.
             QueueFullError: All others are at work.
         """
+        if self._kernels.setdefault(conversation, kernel) is not kernel:
+            raise InterpreterError("it was reset meanwhile", hint="run the code again")
         self._started = {other for other in self._started if other.alive or other.busy} - {kernel}
         if len(self._started) >= self._max_kernels:
             idle = [other for other in self._started if not other.busy]

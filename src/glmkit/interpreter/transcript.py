@@ -137,7 +137,10 @@ class Transcript:
         self.failed = True
         lines = content.get("traceback")
         if isinstance(lines, list) and lines:
-            self._write_block(shorten_traceback("\n".join(str(line).rstrip("\n") for line in lines[:1000])))
+            text = "\n".join(str(line).rstrip("\n") for line in lines[:1000])
+            if len(text) > 2 * _HALF_CHARACTERS:  # shortening takes a time that grows with the text
+                text = f"{text[:_HALF_CHARACTERS]}\n{text[-_HALF_CHARACTERS:]}"
+            self._write_block(shorten_traceback(text))
         else:
             self._write_block(f"{content.get('ename')}: {content.get('evalue')}")
 

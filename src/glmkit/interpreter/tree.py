@@ -1,6 +1,6 @@
 """Which files are seen inside the sandbox: interpreter, packages, system libraries, fonts, and four own folders.
 
-Nothing of the machine is there unless it is listed here. Programs such as a shell or compilers are not.
+Nothing of the machine is there unless it is listed here. The folders of programs, with shells and compilers, are not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SYSTEM_DATA = (
     "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts", "/usr/share/fontconfig", "/usr/share/fonts",
     "/usr/local/share/fonts", "/usr/share/zoneinfo", "/usr/share/matplotlib",
 )  # fmt: skip
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+DEVICES = ("/dev/null", "/dev/full", "/dev/random", "/dev/urandom")  # /dev/zero, mapped shared, is uncounted memory
 
 OWN_FOLDERS = {"data": "/mnt/data", "home": "/mnt/home", "tmp": "/tmp", "shm": "/dev/shm"}
 """Folders that can be written to: what they are for -> where they are seen at level FULL."""

@@ -10,15 +10,20 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+import torch
+from torch import nn
+
 from glmkit.chat.following import Served
 from glmkit.engine.scheduler import BatchEngine
 from glmkit.errors import UsageError
+from glmkit.kernels.build import level
 from glmkit.serve.failures import APIError
 from glmkit.serve.shapes import Model
 from glmkit.serve.structured import Structures
 from glmkit.serve.token_bytes import TokenTable
 
 LONGEST_TOKEN_CHARACTERS = 128  # only runs of blanks have longer tokens
+_SAMPLED_NUMBERS = 16  # of each tensor
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,14 @@ class Target:
                 400, f"logit_bias: a token id is not below {size}, the vocabulary's size", param="logit_bias"
             )
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Changes with the software and the model; as long as it stays, a seed gives the same answer."""
-        return "fp_" + hashlib.sha256(f"{version('glmkit')} {self.name}".encode()).hexdigest()[:10]
+        """Changes with software, weights and what computes them; while it stays, a seed gives the same answer."""
+        return "fp_" + hashlib.sha256(f"{self.parts.digest} {self.name}".encode()).hexdigest()[:10]
 
 
 class Parts:
-    """What is made once for a model, when it is first needed.
+    """What is made once for a model, most of it when it is first needed.
 
     Args:
         served: The model.
@@ -102,6 +107,7 @@ class Parts:
 
     def __init__(self, served: Served) -> None:
         self._served = served
+        self.digest = _digest(served.model)
 
     @cached_property
     def tokens(self) -> TokenTable:
@@ -180,3 +186,17 @@ class Catalogue:
             root=base,
             parent=None if target.adapter is None else base,
         )
+
+
+def _digest(model: Any) -> str:
+    """SHA-256 of what answers depend on beside the request; of each tensor its form and first numbers."""
+    software = f"{version('glmkit')} {torch.__version__} {level()} {torch.get_num_threads()}\n"
+    found = hashlib.sha256(software.encode())
+    if isinstance(model, nn.Module):
+        found.update(repr(getattr(model, "config", None)).encode())
+        adapters = getattr(model, "glm_adapters", None)
+        beside = () if adapters is None else adapters.named_parameters()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers(), *beside):
+            found.update(f"{name} {tensor.dtype} {tensor.device.type} {list(tensor.shape)}\n".encode())
+            found.update(tensor.detach().reshape(-1)[:_SAMPLED_NUMBERS].cpu().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

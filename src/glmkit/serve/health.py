@@ -156,7 +156,7 @@ class Meters:
 
 
 class _EngineFigures:
-    """An engine's counts at one moment: started = finished + aborted + failed + running + waiting at every scrape."""
+    """An engine's counts at one moment: started = finished + aborted + failed + running + prefilling + waiting."""
 
     _COUNTS = ("started", "finished", "aborted", "failed", "prompt_tokens", "generated_tokens", "prefix_hit_tokens")
     _LEVELS = (

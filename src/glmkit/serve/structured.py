@@ -36,6 +36,7 @@ MAX_SCHEMA_VALUES = 4_000  # objects, lists, texts and numbers in a schema, at a
 MAX_PATTERN_CHARACTERS = 1_000
 MAX_KEPT = 64  # verdicts on schemas that are remembered
 _TRIAL_SECONDS = 10.0  # by the clock; the child has 2 of CPU time
+_TOO_SLOW = "it takes too long to compile"
 _TRIAL = Path(__file__).with_name("schema_trial.py")
 _OPTIONS = {"whitespace_pattern": r"\n?[ ]{0,20}", "whitespace_flexible": True, "lenient": False}
 _LIMITS = {
@@ -116,6 +117,8 @@ class Structures:
                 self._verdicts.move_to_end(schema)
                 return self._verdicts[schema]
         problem = try_schema(schema)
+        if problem == _TOO_SLOW:  # by the clock: perhaps other processes took the time
+            return problem
         with self._lock:
             self._verdicts[schema] = problem
             while len(self._verdicts) > MAX_KEPT:
@@ -227,7 +230,7 @@ def try_schema(schema: str) -> str | None:
         )
         problem: str | None = json.loads(child.stdout)["problem"]
     except subprocess.TimeoutExpired:
-        return "it takes too long to compile"
+        return _TOO_SLOW
     except (ValueError, KeyError, TypeError):
         return "it takes too much time or memory to compile, or is no schema"
     return problem

@@ -90,15 +90,13 @@ def read_offer(body: ChatRequest, generation: int) -> Offer:
         return Offer()
     if generation not in (3, 4):
         raise _refusal("functions" if body.functions else "tools", "this model was not made to call tools")
-    if choice == "none":
-        return Offer()
-    forced = None if choice in (None, "auto") else "" if choice == "required" else choice
-    named = isinstance(body.tool_choice, NamedTool) or isinstance(body.function_call, NamedFunction)
-    if named:
-        forced = choice
+    if isinstance(body.tool_choice, NamedTool) or isinstance(body.function_call, NamedFunction):
         if choice not in names:
             raise _refusal(param, f"{param} names a tool that is not among those given")
-    return Offer(tools, names, forced, old)
+        return Offer(tools, names, choice, old)  # whatever its name, "none" too
+    if choice == "none":
+        return Offer()
+    return Offer(tools, names, "" if choice == "required" else None, old)
 
 
 def offered_tools(body: TokenizeRequest) -> list[Any] | dict[str, Any] | None:

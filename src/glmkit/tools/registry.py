@@ -17,6 +17,7 @@ import inspect
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -167,9 +168,12 @@ class Registry:
             values = _checked(tool, arguments)
         except ValueError as error:
             return Result(f"The call of {name} does not fit: {error}", failed=True)
+        started = time.monotonic()
         try:
             return Result(_to_text(await self._run(tool, values)))
-        except asyncio.TimeoutError:
+        except asyncio.TimeoutError as error:
+            if time.monotonic() - started < self._timeout_seconds:  # one that the tool itself ran into
+                return Result(f"The tool {name} failed: {_reason(error)}", failed=True)
             return Result(
                 f"The tool {name} was not done after {self._timeout_seconds:g} seconds and is not waited for any more.",
                 failed=True,

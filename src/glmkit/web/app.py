@@ -97,7 +97,8 @@ def _add_files(app: FastAPI, desk: Desk) -> None:
     async def get_file(request: Request, id: str, name: str) -> Response:
         try:
             talk = await desk.open(request.scope["glm.user"], id)
-            content = await asyncio.to_thread(desk.interpreters.of(talk.id).read_file, name)
+            # Not in a thread: meanwhile the folder's handle could be closed, and its number be that of another folder.
+            content = desk.interpreters.of(talk.id).read_file(name)
         except GlmkitError:
             return _nothing()
         return _attachment(content, name, "application/octet-stream")
@@ -149,13 +150,13 @@ def _add_login(app: FastAPI, access: Access, language: Language) -> None:
         if passwords is None:
             return RedirectResponse("/", 303)
         address = request.client.host if request.client is not None else ""
-        if not sessions.may_try(address):
+        if not sessions.begin_try(address):
             return page(request, "sign_in_slow", 429)
-        form = parse_qs((await _form(request)).decode("utf-8", "replace"), max_num_fields=8)
+        form = parse_qs((await _form(request)).decode("utf-8", "replace"))
         name, password = (form.get(field, [""])[0] for field in ("user", "password"))
         if not await asyncio.to_thread(passwords.check, name or "glm", password):
-            sessions.has_failed(address)
             return page(request, "sign_in_wrong", 401)
+        sessions.has_succeeded(address)
         response = RedirectResponse("/", 303)
         secure = request.url.scheme == "https" or request.headers.get("x-forwarded-proto") == "https"
         response.set_cookie(

@@ -152,27 +152,29 @@ class Sessions:
 
     # --- guessing ---
 
-    def may_try(self, address: str) -> bool:
-        """Whether an address may try another password now.
+    def begin_try(self, address: str) -> bool:
+        """Whether an address may try another password now. A try counts as failed at once, so that many together are
+        no way around.
 
         Args:
             address: Where it comes from.
         """
         now = time.monotonic()
-        recent = [at for at in self._failures.get(address, []) if now - at < _FAILURE_SECONDS]
-        return len(recent) < _FAILURES
+        recent = [at for at in self._failures.pop(address, []) if now - at < _FAILURE_SECONDS]
+        allowed = len(recent) < _FAILURES
+        self._failures[address] = [*recent, now] if allowed else recent
+        while len(self._failures) > _MOST_ADDRESSES:
+            self._failures.popitem(last=False)
+        return allowed
 
-    def has_failed(self, address: str) -> None:
-        """Remembers a wrong password.
+    def has_succeeded(self, address: str) -> None:
+        """Takes back that a try failed.
 
         Args:
             address: Where it came from.
         """
-        now = time.monotonic()
-        recent = [at for at in self._failures.pop(address, []) if now - at < _FAILURE_SECONDS]
-        self._failures[address] = [*recent, now]
-        while len(self._failures) > _MOST_ADDRESSES:
-            self._failures.popitem(last=False)
+        if self._failures.get(address):
+            self._failures[address].pop()
 
 
 def _hash(token: str) -> bytes:

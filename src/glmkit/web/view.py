@@ -10,7 +10,8 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -25,18 +26,20 @@ from glmkit.web.texts import Language, say
 
 JOINER = "\u2060"  # nothing to see, no place to break a line
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})", re.MULTILINE)
-_LEFT_ALONE = re.compile(  # code and formulas on one line, or in blocks
-    r"(?P<code>`+)(?!`).+?(?<!`)(?P=code)(?!`)|\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|(?<!\$)\$(?!\$)[^$\n]+\$(?!\$)",
-    re.DOTALL,
-)
+# What begins code or a formula, or is a sign that begins none; and what can end it. A formula between single dollars is
+# found whole.
+_OPENING = re.compile(r"\\[\\`]|`+|\$\$|\\[\[(]|(?<!\$)\$(?!\$)[^$\n]+\$(?!\$)")
+_CLOSING = re.compile(r"`+|\$\$|\\[\])]")
+_ENDED_BY = {"\\[": "\\]", "\\(": "\\)"}  # other marks end themselves
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
-_REMOTE_IMAGE = re.compile(r"!\[([^\]\n]*)\]\(\s*<?([^)\s>]+)[^)\n]*\)")
-_REFERENCE_IMAGE = re.compile(r"!(?=\[[^\]\n]*\](?!\())")
-_LOCAL = re.compile(r"/figures/[0-9a-f]+/[0-9a-f]+\.png")
+_LOCAL = r"/figures/[0-9a-f]+/[0-9a-f]+\.png"
+_LOCAL_IMAGE = rf"!\[[^\[\]\n]*\]\({_LOCAL}\)"
+_REMOTE_IMAGE = re.compile(rf"(?!{_LOCAL_IMAGE})!\[([^\[\]\n]*)\]\(\s*<?([^)\s>\[]+)(?:[\s>][^)\n\[]*)?\)")
+_OTHER_IMAGE = re.compile(rf"(?!{_LOCAL_IMAGE})!(?=\[)")  # by reference, or written in a way that is not read above
 _SCHEME = re.compile(
-    r"\](?=(?:\(|:)\s*<?\s*(?:(?:j\s*a\s*v\s*a|v\s*b)\s*s\s*c\s*r\s*i\s*p\s*t|data|file|blob)\s*:)", re.IGNORECASE
+    r"\](?=(?:\(|:)\s*(?:<\s*)?(?:(?:j\s*a\s*v\s*a|v\s*b)\s*s\s*c\s*r\s*i\s*p\s*t|data|file|blob)\s*:)", re.IGNORECASE
 )
-_OWN = re.compile(r"\n*<span class=\"glm-[a-z]+\">[^<]*</span>")  # what the page adds below an answer
+_OWN = re.compile(r"(?<!\n)\n*<span class=\"glm-[a-z]+\">[^<]*</span>")  # what the page adds below an answer
 _MARKUP = re.compile(r"[\\`*_\[\]<$|~&]")
 _LINE_MARKUP = re.compile(r"^([ \t]*(?:\d+(?=[.)]))?)([#>+=.)-])", re.MULTILINE)
 _INDENT = re.compile(r"^[ \t]+", re.MULTILINE)
@@ -75,7 +78,7 @@ def safe_markdown(text: str, language: Language = "en") -> str:
     Returns:
         Markdown; `original` takes the invisible characters out again.
     """
-    pieces, fence, start = [], "", 0
+    pieces, fence = [], ""
     lines = text.splitlines(keepends=True)
     plain: list[str] = []
     for line in lines:
@@ -90,7 +93,6 @@ def safe_markdown(text: str, language: Language = "en") -> str:
                 fence = ""
         else:
             plain.append(line)
-        start += len(line)
     return "".join([*pieces, _safe_prose("".join(plain), language)])
 
 
@@ -128,22 +130,42 @@ def _safe_fence(line: str) -> str:
 
 def _safe_prose(text: str, language: Language) -> str:
     parts, end = [], 0
-    for found in _LEFT_ALONE.finditer(text):
-        parts += [_safe_plain(text[end : found.start()], language), found[0]]
-        end = found.end()
+    for begin, after in _left_alone(text):
+        parts += [_safe_plain(text[end:begin], language), text[begin:after]]
+        end = after
     return "".join([*parts, _safe_plain(text[end:], language)])
+
+
+def _left_alone(text: str) -> Iterator[tuple[int, int]]:
+    """Where code and formulas begin and end. What nothing ends is text, which is found out without reading on."""
+    ends: dict[str, list[int]] = {}
+    for found in _CLOSING.finditer(text):
+        ends.setdefault(found[0], []).append(found.start())
+    place = 0
+    while opening := _OPENING.search(text, place):
+        begin, place = opening.span()
+        mark = opening[0]
+        if mark[0] == "$" and mark != "$$":
+            yield begin, place
+            continue
+        places = ends.get(_ENDED_BY.get(mark, mark), [])
+        later = bisect_right(places, place)
+        if later == len(places):
+            continue
+        # Code over several lines would end at a new paragraph or list, and what follows there could be a tag.
+        if mark[0] != "`" or "\n" not in text[place : places[later]]:
+            place = places[later] + len(mark)
+            yield begin, place
 
 
 def _safe_plain(text: str, language: Language) -> str:
     text = _REMOTE_IMAGE.sub(lambda found: _image(found, language), text)
-    text = _REFERENCE_IMAGE.sub("!" + JOINER, text)
+    text = _OTHER_IMAGE.sub("!" + JOINER, text)
     text = _SCHEME.sub("]" + JOINER, text)
     return _TAG.sub("<" + JOINER, text)
 
 
 def _image(found: re.Match[str], language: Language) -> str:
-    if _LOCAL.fullmatch(found[2]):
-        return found[0]
     return f"[🖼 {found[1]} ({say(language, 'remote_image')})]({found[2]})"
 
 
