@@ -339,6 +339,7 @@ def test_definitions_in_json_and_yaml() -> None:
 """
     for given in (json.dumps(GET_WEATHER), json.dumps([GET_WEATHER]), json.dumps(wrapped), text):
         assert read_definitions(given) == [GET_WEATHER]
+    assert read_definitions("") == []
     assert read_definitions("name: f") == [{"name": "f", "description": "", "parameters": {}}]
 
 
@@ -347,7 +348,8 @@ def test_definitions_in_json_and_yaml() -> None:
     [
         ("{", "no JSON or YAML"),
         ("just words", "a tool is just words"),
-        ("", "a tool is None"),
+        ("- name: f\n" * 2, "the tool f is defined twice"),
+        ("- name: f\n" * 33, "there are 33 definitions"),
         ("- name: ../x", "no name of a tool"),
         ("- name: 5", "no name of a tool"),
         ("- name: interpreter", "cannot be called interpreter"),

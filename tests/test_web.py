@@ -25,6 +25,7 @@ from glmkit.chat.templates import prompt_ids
 from glmkit.errors import UsageError
 from glmkit.tools.examples import SAFE_TOOLS
 from glmkit.tools.registry import Registry
+from glmkit.tools.schema import read_definitions
 from glmkit.web import launch as launching
 from glmkit.web.actions import Actions
 from glmkit.web.app import create_app
@@ -36,7 +37,7 @@ from glmkit.web.models import Models
 from glmkit.web.page import build
 from glmkit.web.talks import Note, Talk
 from glmkit.web.texts import EXAMPLES, LANGUAGES, MODES, TEXTS, say
-from glmkit.web.toolbox import EXAMPLE, read_definitions
+from glmkit.web.toolbox import EXAMPLE
 from glmkit.web.turns import prompt_messages
 from glmkit.web.view import JOINER, original, plain_markdown, prompt_pieces, rows, safe_markdown
 from scripted import scripted
@@ -273,7 +274,7 @@ def test_definitions_are_read_as_json_yaml_and_openai() -> None:
         "- " * 5000,
         "{a: " * 3000,
         "- {name: a}\n" * 40,
-        "x" * 30_000,
+        "x" * 70_000,
     ],
 )
 def test_definitions_that_are_none_are_refused_with_a_reason(text: str) -> None:

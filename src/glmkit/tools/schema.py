@@ -25,6 +25,7 @@ import yaml
 from glmkit.chat.tools import GLM4_BUILT_IN, INTERPRETER, MAX_DEPTH, depth_of, documented_tools
 from glmkit.errors import UsageError
 
+MAX_DEFINITIONS = 32
 MAX_DEFINITION_CHARACTERS = 65_536
 _MAX_LEVELS = MAX_DEPTH + 8  # of a text: the parameters stand within a definition within a list
 RESERVED = frozenset({INTERPRETER, *GLM4_BUILT_IN})  # header lines that mean something else to the models
@@ -232,10 +233,10 @@ def read_definitions(text: str) -> list[dict[str, Any]]:
             OpenAI's wrapper.
 
     Returns:
-        The definitions without the wrapper.
+        The definitions without the wrapper; none of an empty text.
 
     Raises:
-        UsageError: It is something else, too long or too deep; the message says what.
+        UsageError: It is something else, too long or too deep, too many, or one name twice; the message says what.
     """
     if len(text) > MAX_DEFINITION_CHARACTERS:
         raise UsageError(f"the definitions have {len(text)} characters, expected at most {MAX_DEFINITION_CHARACTERS}")
@@ -244,8 +245,15 @@ def read_definitions(text: str) -> list[dict[str, Any]]:
         json.dumps(content, allow_nan=False)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"the definitions are no JSON or YAML that can be read: {_first_lines(error)}") from error
-    items = content if isinstance(content, list) else [content]
-    return [checked_definition(tool) for tool in documented_tools(items)]
+    items = [] if content is None else content if isinstance(content, list) else [content]
+    if len(items) > MAX_DEFINITIONS:
+        raise UsageError(f"there are {len(items)} definitions, expected at most {MAX_DEFINITIONS}")
+    tools = [checked_definition(tool) for tool in documented_tools(items)]
+    names = [tool["name"] for tool in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"the tool {name} is defined twice")
+    return tools
 
 
 def _first_lines(error: Exception) -> str:

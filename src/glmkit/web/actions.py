@@ -14,6 +14,7 @@ from typing import Any
 
 from glmkit.chat.messages import Message
 from glmkit.errors import GlmkitError, UsageError
+from glmkit.tools.schema import read_definitions
 from glmkit.web import page as pages
 from glmkit.web.desk import SETTINGS, Desk
 from glmkit.web.look import gradio
@@ -22,7 +23,6 @@ from glmkit.web.page import Page
 from glmkit.web.showing import Showing, Updates, merged
 from glmkit.web.talks import Note, Talk
 from glmkit.web.texts import LANGUAGES, MODES, Language, Mode, say
-from glmkit.web.toolbox import read_definitions
 from glmkit.web.turns import prompt_messages
 from glmkit.web.view import original, prompt_pieces, rows
 

@@ -120,8 +120,8 @@ async def open_interpreters(minimum: str = "full", *, unsafe: bool = False) -> I
         from glmkit.interpreter.kernels import Kernels
 
         kernels = await Kernels.open(Level.WEAK if unsafe else wanted)
-    except GlmkitError as error:
-        return Interpreters(None, reason=error.message)
+    except (GlmkitError, OSError) as error:  # OSError: a full /tmp, for instance
+        return Interpreters(None, reason=getattr(error, "message", str(error)))
     measured = kernels.measured
     sentences: dict[Language, str] = {"zh": measured.sentence_zh, "en": measured.sentence_en}
     return Interpreters(kernels, Isolation(measured.level.name.lower(), sentences, measured.level >= wanted))

@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from glmkit.chat.choices import choose, official_sampling
 from glmkit.errors import UsageError
+from glmkit.tools.schema import read_definitions
 from glmkit.web import page as pages
 from glmkit.web.desk import FORMS, SETTINGS, Desk
 from glmkit.web.look import gradio
@@ -16,7 +17,6 @@ from glmkit.web.models import adapter_names, gigabytes, label
 from glmkit.web.page import Page
 from glmkit.web.talks import Talk
 from glmkit.web.texts import MODES, Language, say
-from glmkit.web.toolbox import read_definitions
 from glmkit.web.view import meter, pretty, rows
 
 Updates = dict[Any, Any]
