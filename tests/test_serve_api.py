@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -1047,3 +1049,32 @@ def test_answers_fit_the_document(api: TestClient) -> None:
     check("POST", "/v1/completions", "/v1/completions", json={"prompt": "a", "logprobs": 1, "max_tokens": 3})
     check("POST", "/tokenize", "/tokenize", json={"text": "a"})
     check("POST", "/", "/", json={"prompt": "a"})
+
+
+def test_schemas_that_take_long_hold_up_only_each_other(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def wait(schema: str) -> str:
+        go_on.wait(30)
+        return "too hard"
+
+    monkeypatch.setattr("glmkit.serve.structured.try_schema", wait)
+
+    def ask(**more: Any) -> int:
+        body = {"model": "glm-nano", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 2, **more}
+        return api.post("/v1/chat/completions", json=body).status_code
+
+    def hostile(number: int) -> int:
+        schema = {"type": "object", "title": str(number)}
+        return ask(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+
+    with ThreadPoolExecutor(41) as pool:
+        waiting = [pool.submit(hostile, number) for number in range(40)]  # more than asyncio has threads
+        while not any(future.running() for future in waiting):
+            time.sleep(0.01)
+        time.sleep(0.2)
+        try:
+            assert pool.submit(ask).result(timeout=10) == 200
+        finally:
+            go_on.set()
+        assert {future.result() for future in waiting} <= {400, 429}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from glmkit.serve.shapes import Model
 from glmkit.serve.structured import Structures
 from glmkit.serve.token_bytes import TokenTable
 
+_SCHEMA_THREADS = 2  # for requests with a schema; the first of them makes the table of tokens too
 LONGEST_TOKEN_CHARACTERS = 128  # only runs of blanks have longer tokens
 _SAMPLED_NUMBERS = 16  # of each tensor
 
@@ -108,6 +110,8 @@ class Parts:
     def __init__(self, served: Served) -> None:
         self._served = served
         self.digest = _digest(served.model)
+        # Of their own, because a hostile schema takes seconds and all other requests share the loop's threads.
+        self.schema_threads = ThreadPoolExecutor(_SCHEMA_THREADS, "schemas")
 
     @cached_property
     def tokens(self) -> TokenTable:

@@ -71,7 +71,9 @@ async def create_chat_completion(request: Request) -> Response:
     _check_together(body, stored)
     target = catalogue.find(body.model)
     record = admit(request, target.engine, body.n or 1)
-    asked = await asyncio.to_thread(_read, body, target, record.owner)
+    has_schema = body.response_format is not None and body.response_format.type != "text"
+    threads = target.parts.schema_threads if has_schema else None
+    asked = await asyncio.get_running_loop().run_in_executor(threads, _read, body, target, record.owner)
     choices = Choices(lambda number: _begin(asked, number), asked.count, record)
     writing = _Writing(asked, choices, stored if body.store else None)
     if body.stream:
