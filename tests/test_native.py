@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import glmkit
 from glmkit import hf
+from glmkit.chat.messages import Message
+from glmkit.chat.templates import prompt_ids
 from glmkit.engine.cache import BufferCache, new_cache
 from glmkit.engine.decode import generate_batch
 from glmkit.engine.layout import CausalLayout
@@ -233,9 +235,8 @@ def test_glm_nano_answers_as_with_torch(level: str) -> None:
     loaded = glmkit.load("glm-nano", dtype="float32")
     assert loaded.tokenizer is not None
     model, options = loaded.model, SamplingOptions(temperature=0.0)
-    prompts = [
-        loaded.tokenizer.encode(text) for text in ("1 + 2 =", "hello", "What is the capital of France?", "a b c")
-    ]
+    texts = ("你好", "类型#裙*颜色#蓝色*风格#简约", "What is the capital of France?", "写一段连衣裙的文案")
+    prompts = [prompt_ids(loaded.tokenizer, [Message("user", text)]) for text in texts]
 
     def answers() -> list[list[int]]:
         return generate_batch(model, prompts, options, stop_ids=[], max_new_tokens=40, batch_size=3)

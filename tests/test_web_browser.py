@@ -243,6 +243,8 @@ def test_retry_undo_and_edit(tab: Tab) -> None:
     tab.page.locator("#glm-chat textarea").fill("改过的回答")
     tab.button("保存").click()
     tab.page.wait_for_selector('#glm-chat .bot-row:has-text("改过的回答")')
+    tab.page.wait_for_selector("#glm-chat textarea", state="detached")  # the box has closed
+    tab.page.wait_for_timeout(700)
     tab.button("撤回").click()
     tab.page.wait_for_selector("#glm-chat .glm-greeting")
     assert tab.page.input_value("#glm-input textarea") == "谢谢"
