@@ -42,6 +42,7 @@ _PREFILL_SECONDS = 0.25  # that running streams wait for a part of a prompt
 _PREFILL_TOKENS = (16, 512)  # fewest and most of a part
 _TURN_SECONDS = 0.05  # for further parts in the same turn: short prompts enter together
 _SPEED_SECONDS = 10.0  # over which tokens per second are counted
+_SMALL_BYTES = 1 << 30  # of a cache that needs no sparing
 _SHARED_TOKENS = 32  # a prompt waits for another one that is being read if they share more
 
 
@@ -53,7 +54,7 @@ class BatchEngine:
         max_running: Most rows at once.
         max_waiting: Most requests that wait for a place; more are refused.
         cache_bytes: Memory for keys and values, of running rows and of what is kept for later. None: what all rows need
-            together at a quarter of their longest, and at least one whole context.
+            together at a quarter of their longest, and at least one whole context; or all their longest within 1 GiB.
     """
 
     def __init__(
@@ -575,10 +576,11 @@ def _cache_tokens(model: Any, max_running: int, cache_bytes: int | None) -> int:
     """For how many tokens there shall be room."""
     config = model.config
     context: int = getattr(config, "max_position_embeddings", None) or 8192
-    if cache_bytes is None:
-        return max(context, max_running * context // 4)
     number = torch.empty((), dtype=model.dtype).element_size()
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * number
+    if cache_bytes is None:
+        whole = max_running * context
+        return max(context, whole // 4, min(whole, _SMALL_BYTES // token_bytes))
     if cache_bytes < token_bytes * context:
         raise UsageError(
             f"cache_bytes={cache_bytes}: expected {token_bytes * context} or more: "
