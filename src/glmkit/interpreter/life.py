@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import secrets
-import stat
 import sys
 from dataclasses import dataclass
 from importlib import resources
@@ -134,16 +133,21 @@ class Life:
         try:
             # By the handle of the folder: the path of a socket has at most 107 bytes.
             paths = {name: f"/proc/self/fd/{home}/k-{number}" for name, (number, _) in _SOCKETS.items()}
-            while not all(map(_is_socket, paths.values())):
-                if self.process.poll() is not None:
-                    raise WireError("it ended while it started")
-                await asyncio.sleep(0.01)
             for name, (_, socket_type) in _SOCKETS.items():
-                self._channels[name] = await Channel.connect(paths[name], socket_type)
+                self._channels[name] = await self._open(paths[name], socket_type)
         finally:
             os.close(home)
         self._pumps = [asyncio.create_task(self._pump(name)) for name in self._channels]
         await self._answer()
+
+    async def _open(self, path: str, socket_type: str) -> Channel:
+        """A socket has its name before anybody listens at it: until then nothing is there, or it refuses."""
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                return await Channel.connect(path, socket_type)
+            if self.process.poll() is not None:
+                raise WireError("it ended while it started")
+            await asyncio.sleep(0.01)
 
     async def _answer(self) -> None:
         """Asks for the kernel's name until both the answer and what is published arrive."""
@@ -228,13 +232,6 @@ def _last_line(pipe: int) -> str:
     with contextlib.suppress(BlockingIOError):
         return os.read(pipe, 1 << 16).decode(errors="replace").strip().rpartition("\n")[2]
     return ""
-
-
-def _is_socket(path: str) -> bool:
-    try:
-        return stat.S_ISSOCK(os.lstat(path).st_mode)
-    except OSError:
-        return False
 
 
 async def within(seconds: float, event: asyncio.Event) -> bool:
