@@ -143,10 +143,7 @@ class Generation(Iterator[Step]):
         """Gives the reader a step; the engine's side."""
         with self._there:
             self._steps.append(step)
-            self._there.notify_all()
-            notify = self._notify
-        if notify is not None:
-            notify()
+        self._tell()
 
     def fail(self, error: Exception) -> None:
         """Ends the answer with an error; the engine's side."""
@@ -156,6 +153,10 @@ class Generation(Iterator[Step]):
             error.__cause__ = cause
         with self._there:
             self._error = error
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._there:
             self._there.notify_all()
             notify = self._notify
         if notify is not None:

@@ -172,14 +172,13 @@ class BatchEngine:
         """What the engine is doing, and has done since it began."""
         with self._changed:
             self._forget_old_figures(time.monotonic())
-            busy = [row for row in (*self._reading, *self._running) if row.cache is not None]
             return EngineState(
                 running=len(self._running),
                 waiting=len(self._waiting),
                 prefilling=len(self._reading),
                 max_running=self._max_running,
                 max_waiting=self._max_waiting,
-                cache_tokens_used=sum(row.capacity_tokens for row in busy),
+                cache_tokens_used=sum(row.capacity_tokens for row in self._admitted),
                 cache_tokens_idle=self._prefixes.capacity_tokens,
                 cache_tokens_total=self._total_tokens,
                 prefix_hit_tokens=self._hit_tokens,
@@ -191,7 +190,7 @@ class BatchEngine:
                 failed=self._failed,
                 tokens_per_second=sum(tokens for _, tokens in self._recent) / _SPEED_SECONDS,
                 last_progress=self._last_progress,
-                busy=bool(self._waiting or self._reading or self._running),
+                busy=self._has_work(),
                 draining=self._draining,
                 broken=None if self._broken is None else f"{type(self._broken).__name__}: {self._broken}",
             )
@@ -275,16 +274,16 @@ class BatchEngine:
 
     def _sweep(self) -> None:
         """Takes out what was cancelled."""
-        for row in [row for row in (*self._waiting, *self._reading, *self._running) if row.generation.cancelled]:
+        for row in [row for row in (*self._waiting, *self._admitted) if row.generation.cancelled]:
             self._leave(row, aborted=True)
 
     def _admit(self) -> None:
         """Lets waiting requests in, those first whose owner has the fewest rows."""
         self._make_place()
         while self._waiting and len(self._running) + len(self._reading) < self._max_running:
-            owned = Counter(row.reader.owner for row in (*self._running, *self._reading))
-            ready = [row for row in self._waiting if not self._is_read_by_another(row)]
-            row = min(ready, key=lambda row: (owned[row.reader.owner], not row.answer, row.number), default=None)
+            owned = Counter(row.reader.owner for row in self._admitted)
+            waiting = sorted(self._waiting, key=lambda row: (owned[row.reader.owner], not row.answer, row.number))
+            row = next((row for row in waiting if not self._is_read_by_another(row)), None)
             if row is None:
                 return
             try:
@@ -301,13 +300,18 @@ class BatchEngine:
         """Where all are taken, the youngest row of the owner with most of them leaves its own to an owner with none."""
         if len(self._running) + len(self._reading) < self._max_running:
             return
-        owned = Counter(row.reader.owner for row in (*self._running, *self._reading))
+        owned = Counter(row.reader.owner for row in self._admitted)
         owner, rows = owned.most_common(1)[0]
         if rows > 1 and any(row.reader.owner not in owned for row in self._waiting):
             youngest = max((row for row in self._running if row.reader.owner == owner), key=_number, default=None)
             if youngest is not None:
                 self._keep(youngest)
                 self._start_over(youngest)
+
+    @property
+    def _admitted(self) -> tuple[Row, ...]:
+        """Rows that hold a cache."""
+        return (*self._running, *self._reading)
 
     def _is_read_by_another(self, row: Row) -> bool:
         """Whether most of a prompt is being read for another request: it will be copied then."""
@@ -329,7 +333,7 @@ class BatchEngine:
             return False
         found = None
         if self._can_share(row):
-            busy = [other.reading for other in (*self._running, *self._reading) if self._can_share(other)]
+            busy = [other.reading for other in self._admitted if self._can_share(other)]
             found = self._prefixes.find(row.reader, row.ids, busy)
         if found is not None and not found.goes_on and self._make_room(room + found.idle_tokens):
             row.begin(self._prefixes.copy(found, room))
@@ -342,7 +346,7 @@ class BatchEngine:
 
     def _can_have(self, tokens: int) -> bool:
         """Whether there is room for more tokens, once idle caches are freed."""
-        used = sum(row.capacity_tokens for row in (*self._running, *self._reading))
+        used = sum(row.capacity_tokens for row in self._admitted)
         return used + tokens <= self._total_tokens
 
     def _make_room(self, tokens: int) -> bool:
@@ -523,7 +527,7 @@ class BatchEngine:
                 with self._changed:
                     fits = next((size for size in (wanted, least) if self._make_room(size - row.capacity_tokens)), None)
                     if fits is None:
-                        self._start_over(max((*self._running, *self._reading), key=_number))
+                        self._start_over(max(self._admitted, key=_number))
                         continue
                     try:
                         row.resize(fits)
