@@ -187,7 +187,8 @@ def test_a_turn_runs_code_shows_its_plot_and_goes_on_with_what_it_printed(
 ) -> None:
     from glmkit.chat.messages import Message
     from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
-    from glmkit.tools.loop import CallEnded, Ended, take_turn
+    from glmkit.tools.events import CallEnded, Ended
+    from glmkit.tools.loop import take_turn
     from test_tool_loop import QUESTION, said, served
     from tiny import train_tokenizer
 

@@ -25,19 +25,9 @@ from glmkit.engine.generation import Generation
 from glmkit.errors import GenerationError, QueueFullError, UsageError
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 from glmkit.tokenizers.glm4 import ChatGLM4Tokenizer
+from glmkit.tools.events import CallEnded, CallPending, CallStarted, CodeStarted, Ended, Event, Text
 from glmkit.tools.examples import SAFE_TOOLS
-from glmkit.tools.loop import (
-    CallEnded,
-    CallPending,
-    CallStarted,
-    CodeStarted,
-    Ended,
-    Event,
-    Text,
-    instruct,
-    observe,
-    take_turn,
-)
+from glmkit.tools.loop import instruct, observe, take_turn
 from glmkit.tools.registry import Registry
 from tiny import train_tokenizer
 from tiny_families import glm4_tokenizer

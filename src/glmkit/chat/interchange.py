@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 from glmkit.chat.messages import Message
-from glmkit.chat.printing import CODE_TOOLS, DATA_URL, Language, call_of, to_markdown, to_web_page
+from glmkit.chat.printing import DATA_URL, Language, call_of, to_markdown, to_web_page
 from glmkit.chat.store import MAX_IMAGE_BYTES
-from glmkit.chat.tools import MAX_DEPTH, ToolCallError, depth_of, documented_tools, parse_json_call
+from glmkit.chat.tools import CODE_TOOLS, MAX_DEPTH, ToolCallError, depth_of, documented_tools, parse_json_call
 from glmkit.chat.transcript import MAX_TITLE_CHARACTERS, Conversation, Mode, parse_conversation, read_image
 from glmkit.errors import UsageError
 
 Form = Literal["md", "json", "html"]
-MEDIA_TYPES: Mapping[Form, str] = {"md": "text/markdown", "json": "application/json", "html": "text/html"}
+MEDIA_TYPES: Mapping[str, str] = {"md": "text/markdown", "json": "application/json", "html": "text/html"}
 MAX_IMPORT_CHARACTERS = 32 * 2**20
 MAX_MESSAGES = 10_000
 
@@ -162,7 +162,7 @@ class _Reading:
         )
 
     def _mode(self) -> Mode:
-        if any(message.metadata in CODE_TOOLS for message in self._messages):
+        if any(message.metadata in CODE_TOOLS.values() for message in self._messages):
             return "code"
         return "tools" if any(one.metadata or one.tools for one in self._messages) else "chat"
 
@@ -226,7 +226,7 @@ class _Reading:
                 raise UsageError(f"{place}: {error.message}") from error
         arguments = self._plain(arguments, place)
         code = arguments.get("code")
-        if name in CODE_TOOLS and isinstance(code, str):
+        if name in CODE_TOOLS.values() and isinstance(code, str):
             return Message("assistant", _text(code), name)
         return Message("assistant", "", _text(name), arguments=arguments)
 

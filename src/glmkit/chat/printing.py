@@ -11,13 +11,11 @@ from datetime import datetime, timezone
 from typing import Any, Literal
 
 from glmkit.chat.messages import Message
-from glmkit.chat.tools import GLM4_BUILT_IN, INTERPRETER, ToolCallError, parse_json_call, parse_tool_call
+from glmkit.chat.tools import CODE_TOOLS, TEXT_TOOLS, ToolCallError, parse_json_call, parse_tool_call
 from glmkit.chat.transcript import Conversation
 
 Language = Literal["en", "zh"]
-CODE_TOOLS = (INTERPRETER, "python")
 DATA_URL = "data:image/png;base64,"
-_TEXT_TOOLS = frozenset({INTERPRETER, *GLM4_BUILT_IN})
 _LABELS: Mapping[Language, Mapping[str, str]] = {
     "en": {
         "system": "System",
@@ -53,10 +51,19 @@ def call_of(message: Message) -> dict[str, Any] | None:
     """
     if message.role != "assistant" or not message.metadata:
         return None
+    if message.arguments is None and message.metadata in TEXT_TOOLS:
+        return {"code": message.content} if message.metadata in CODE_TOOLS.values() else None
+    return arguments_of(message)
+
+
+def arguments_of(message: Message) -> dict[str, Any] | None:
+    """The arguments of a call, in whichever format the model wrote them; None if they cannot be read.
+
+    Args:
+        message: The call.
+    """
     if message.arguments is not None:
         return message.arguments
-    if message.metadata in _TEXT_TOOLS:
-        return {"code": message.content} if message.metadata in CODE_TOOLS else None
     for read in (parse_tool_call, parse_json_call):
         try:
             return read(message.content)
@@ -77,9 +84,9 @@ def to_markdown(conversation: Conversation, language: Language = "en") -> str:
     for place, message in enumerate(conversation.messages):
         call = call_of(message)
         if call is not None:
-            lines += [f"**{labels['call']} {_one_line(message.metadata)}**", "", _fenced(*_shown_call(call)), ""]
+            lines += [f"**{labels['call']} {_one_line(message.metadata)}**", "", fenced(*_shown_call(call)), ""]
         elif message.role == "observation":
-            lines += [f"**{labels['observation']}**", "", _fenced(message.content, ""), ""]
+            lines += [f"**{labels['observation']}**", "", fenced(message.content, ""), ""]
         elif message.content:
             lines += [f"**{labels[message.role]}**", "", message.content, ""]
         for number, image in enumerate(conversation.images.get(place, ()), start=1):
@@ -97,8 +104,13 @@ def _shown_call(call: Mapping[str, Any]) -> tuple[str, str]:
     return json.dumps(call, ensure_ascii=False, indent=1), "json"
 
 
-def _fenced(text: str, language: str) -> str:
-    """A fence that nothing in the text closes."""
+def fenced(text: str, language: str) -> str:
+    """A block of code in Markdown that nothing in the text can end.
+
+    Args:
+        text: The text.
+        language: What it is coloured as.
+    """
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
@@ -158,7 +170,7 @@ def _section(conversation: Conversation, place: int, labels: Mapping[str, str]) 
     )
     call = call_of(message)
     if call is not None:
-        kind = labels["code" if message.metadata in CODE_TOOLS else "call"]
+        kind = labels["code" if message.metadata in CODE_TOOLS.values() else "call"]
         shown = f"<pre><code>{html.escape(_shown_call(call)[0])}</code></pre>"
         return (
             f"<section><details><summary>{kind}: {html.escape(message.metadata)}</summary>{shown}</details></section>"

@@ -28,6 +28,7 @@ INTERPRETER_PROMPT = (
     "你是一位智能AI助手，你叫ChatGLM，你连接着一台电脑，但请注意不能联网。在使用Python解决任务时，你可以运行代码并得到结果，"
     "如果运行结果有错误，你需要尽可能对代码进行改进。你可以处理用户上传到电脑上的文件，文件默认存储路径是/mnt/data/。"
 )
+CODE_TOOLS = {3: INTERPRETER, 4: "python"}  # the header line of code to run, by generation
 MAX_CALL_CHARACTERS = 65_536
 MAX_DEPTH = 32
 _ASSISTANT = (
@@ -72,6 +73,8 @@ GLM4_BUILT_IN = {
         "- 如无特殊说明，所在地为中国，持有中国立场并遵循中国社会主义价值观。"
     ),
 }
+# Header lines that mean something else than a tool of the user's.
+TEXT_TOOLS = frozenset({INTERPRETER, *GLM4_BUILT_IN})
 _KEYWORD_MARK = "__keyword__"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +16,12 @@ from glmkit.chat.following import Following, answer
 from glmkit.chat.messages import Message
 from glmkit.errors import UsageError
 from glmkit.serve.catalogue import Catalogue, Target
-from glmkit.serve.choices import Choices, EventStream, event_bytes, prompt_refusal, sampling_of, usage_of
-from glmkit.serve.failures import APIError
+from glmkit.serve.choices import Choices, Envelope, EventStream, prompt_refusal, sampling_of, usage_of
+from glmkit.serve.failures import refusal
 from glmkit.serve.json_body import read_body
 from glmkit.serve.logprobs import TokenLog, for_chat
 from glmkit.serve.protection import admit
-from glmkit.serve.shapes import REFUSED, Answer, ChatChoice, ChatCompletion, ChatRequest, TokenLogprob
+from glmkit.serve.shapes import REFUSED, Answer, ChatChoice, ChatCompletion, ChatRequest, TokenLogprob, Usage
 from glmkit.serve.stored import Stored
 from glmkit.serve.structured import SchemaGuide
 from glmkit.serve.tool_calls import Offer, Outcome, outcome_of, read_offer, to_messages
@@ -86,11 +85,11 @@ async def create_chat_completion(request: Request) -> Response:
 def _check_together(body: ChatRequest, stored: Stored | None) -> None:
     """What no field says alone."""
     if body.top_logprobs is not None and not body.logprobs:
-        raise _refusal("top_logprobs", "top_logprobs goes with logprobs: true")
+        raise refusal("top_logprobs", "top_logprobs goes with logprobs: true")
     if body.stream_options is not None and not body.stream:
-        raise _refusal("stream_options", "stream_options goes with stream: true")
+        raise refusal("stream_options", "stream_options goes with stream: true")
     if body.store and stored is None:
-        raise _refusal("store", "this server stores nothing; it was started without --store FOLDER")
+        raise refusal("store", "this server stores nothing; it was started without --store FOLDER")
 
 
 def _read(body: ChatRequest, target: Target, owner: str) -> Asked:
@@ -104,7 +103,7 @@ def _read(body: ChatRequest, target: Target, owner: str) -> Asked:
     wanted = body.response_format
     if wanted is not None and wanted.type != "text":
         if target.generation == 0:
-            raise _refusal("response_format", "this model fills blanks and writes no JSON")
+            raise refusal("response_format", "this model fills blanks and writes no JSON")
         structures = target.parts.structures
         guides = [structures.guide(wanted, offers_tools=bool(offer.names)) for _ in guides]
     return Asked(body, target, owner, messages, offer, guides)
@@ -133,8 +132,8 @@ class _Writing:
 
     def __init__(self, asked: Asked, choices: Choices, stored: Stored | None) -> None:
         self._asked, self._choices, self._stored = asked, choices, stored
-        self._id = f"chatcmpl-{secrets.token_hex(16)}"
-        self._created = int(time.time())
+        id = f"chatcmpl-{secrets.token_hex(16)}"
+        self._envelope = Envelope(id, "chat.completion.chunk", asked.target, asked.body.stream_options)
         top = asked.body.top_logprobs or 0
         self._logs = [TokenLog(asked.target, top) for _ in range(asked.count if asked.body.logprobs else 0)]
         self._tokens: list[list[TokenLogprob]] = [[] for _ in range(asked.count)]
@@ -149,12 +148,12 @@ class _Writing:
         for number in range(asked.count):
             self._take_tokens(number)
         completion = ChatCompletion(
-            id=self._id,
+            id=self._envelope.id,
             object="chat.completion",
-            created=self._created,
+            created=self._envelope.created,
             model=asked.target.name,
             choices=[self._choice(number, reply) for number, reply in enumerate(replies)],
-            usage=usage_of(replies),
+            usage=self._usage(replies),
             system_fingerprint=asked.target.fingerprint,
             service_tier="default",
         )
@@ -211,9 +210,8 @@ class _Writing:
             replies = [choices.reply(number) for number in range(asked.count)]
             if self._stored is not None:
                 await self.whole()
-        options = asked.body.stream_options
-        if options is not None and options.include_usage:
-            yield self._encoded([], usage=usage_of(replies).model_dump())
+        if self._envelope.with_usage:
+            yield self._envelope.event([], self._usage(replies))
         yield b"data: [DONE]\n\n"
 
     def _last_events(self, number: int, reply: Reply) -> list[bytes]:
@@ -233,22 +231,10 @@ class _Writing:
         self, number: int, delta: dict[str, Any], finish_reason: str | None = None, fresh: Sequence[TokenLogprob] = ()
     ) -> bytes:
         logprobs = for_chat(fresh).model_dump() if fresh else None
-        return self._encoded([{"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}])
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self._envelope.event([choice])
 
-    def _encoded(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        chunk: dict[str, Any] = {
-            "id": self._id,
-            "object": "chat.completion.chunk",
-            "created": self._created,
-            "model": self._asked.target.name,
-            "system_fingerprint": self._asked.target.fingerprint,
-            "choices": choices,
-        }
-        options = self._asked.body.stream_options
-        if options is not None and options.include_usage:
-            chunk["usage"] = usage
-        return event_bytes(chunk)
-
-
-def _refusal(param: str, message: str) -> APIError:
-    return APIError(400, f"{param}: {message}", param=param)
+    def _usage(self, replies: Sequence[Reply]) -> Usage:
+        """What the request cost: all answers have one prompt."""
+        prompt = max(reply.usage.prompt_tokens for reply in replies)
+        return usage_of(prompt, max(reply.usage.cached_tokens for reply in replies), replies)

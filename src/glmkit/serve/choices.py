@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -14,8 +16,9 @@ from glmkit.chat.answers import Reply
 from glmkit.chat.following import Following
 from glmkit.engine.sampling import row_seed
 from glmkit.errors import ContextLengthError, UsageError
-from glmkit.serve.failures import APIError
-from glmkit.serve.shapes import CachedTokens, Sampling, Usage
+from glmkit.serve.catalogue import Target
+from glmkit.serve.failures import APIError, server_closing
+from glmkit.serve.shapes import CachedTokens, Sampling, StreamOptions, Usage
 from glmkit.serve.traffic import Record
 
 _LOOK_SECONDS = 0.25  # how often a request is looked at whose answer is begun but has no text yet
@@ -88,7 +91,7 @@ class Choices:
         """
         reply = self.followings[number].reply
         if reply.finish_reason == "cancelled":
-            raise APIError(503, "the server is closing", code="server_closing", headers={"Retry-After": "5"})
+            raise server_closing()
         return reply
 
     async def _follow(self, number: int, queue: _Queue) -> None:
@@ -160,13 +163,47 @@ class _Begun:
         await self._events.aclose()
 
 
-def event_bytes(value: Mapping[str, Any]) -> bytes:
-    """One server-sent event.
+@dataclass(frozen=True)
+class Envelope:
+    """What stands around the answers of one request.
 
     Args:
-        value: What it says.
+        id: Of the response.
+        kind: What its events are called.
+        target: Who answers.
+        options: What the client wants of a stream.
+        created: When it began, in seconds since 1970.
     """
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+    id: str
+    kind: str
+    target: Target
+    options: StreamOptions | None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether events tell what the request cost."""
+        return self.options is not None and bool(self.options.include_usage)
+
+    def event(self, choices: Sequence[Mapping[str, Any]], usage: Usage | None = None) -> bytes:
+        """One server-sent event.
+
+        Args:
+            choices: What it says of the answers.
+            usage: What the request cost.
+        """
+        chunk: dict[str, Any] = {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created,
+            "model": self.target.name,
+            "system_fingerprint": self.target.fingerprint,
+            "choices": choices,
+        }
+        if self.with_usage:
+            chunk["usage"] = None if usage is None else usage.model_dump()
+        return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def prompt_refusal(error: UsageError, param: str) -> APIError:
@@ -204,18 +241,18 @@ def sampling_of(body: Sampling, number: int, max_new_tokens: int | None) -> dict
     }
 
 
-def usage_of(replies: Sequence[Reply]) -> Usage:
-    """What a request cost: its prompt counts once.
+def usage_of(prompt_tokens: int, cached_tokens: int, replies: Sequence[Reply]) -> Usage:
+    """What a request cost.
 
     Args:
+        prompt_tokens: Of each of its prompts once.
+        cached_tokens: Those of them that had been read before.
         replies: Its answers.
     """
-    prompt = max(reply.usage.prompt_tokens for reply in replies)
     completion = sum(reply.usage.completion_tokens for reply in replies)
-    cached = max(reply.usage.cached_tokens for reply in replies)
     return Usage(
-        prompt_tokens=prompt,
+        prompt_tokens=prompt_tokens,
         completion_tokens=completion,
-        total_tokens=prompt + completion,
-        prompt_tokens_details=CachedTokens(cached_tokens=cached),
+        total_tokens=prompt_tokens + completion,
+        prompt_tokens_details=CachedTokens(cached_tokens=cached_tokens),
     )

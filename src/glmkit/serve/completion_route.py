@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
@@ -14,15 +13,14 @@ from glmkit.chat.answers import Reply
 from glmkit.chat.following import Following, complete
 from glmkit.errors import UsageError
 from glmkit.serve.catalogue import Catalogue, Target
-from glmkit.serve.choices import Choices, EventStream, event_bytes, prompt_refusal, sampling_of
-from glmkit.serve.failures import APIError
+from glmkit.serve.choices import Choices, Envelope, EventStream, prompt_refusal, sampling_of, usage_of
+from glmkit.serve.failures import refusal
 from glmkit.serve.json_body import read_body
 from glmkit.serve.logprobs import TokenLog, for_completion
 from glmkit.serve.protection import admit
 from glmkit.serve.shapes import (
     MAX_PROMPTS,
     REFUSED,
-    CachedTokens,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
@@ -72,15 +70,15 @@ def _prompts(body: CompletionRequest, target: Target) -> list[Prompt]:
         if isinstance(prompt, str):
             target.check_length(prompt, "prompt")
     if len(prompts) * (body.n or 1) > MAX_PROMPTS:
-        raise _refusal("prompt", f"all answers to all prompts together are more than {MAX_PROMPTS}")
+        raise refusal("prompt", f"all answers to all prompts together are more than {MAX_PROMPTS}")
     if body.echo and body.logprobs is not None:
-        raise _refusal("echo", "log-probabilities of the prompt are not given; leave echo or logprobs out")
+        raise refusal("echo", "log-probabilities of the prompt are not given; leave echo or logprobs out")
     if body.stream_options is not None and not body.stream:
-        raise _refusal("stream_options", "stream_options goes with stream: true")
+        raise refusal("stream_options", "stream_options goes with stream: true")
     target.check_bias(body.logit_bias)
     size = target.served.model.config.vocab_size
     if any(token >= size for prompt in prompts if not isinstance(prompt, str) for token in prompt):
-        raise _refusal("prompt", f"a token id is not below {size}, the size of the vocabulary")
+        raise refusal("prompt", f"a token id is not below {size}, the size of the vocabulary")
     return prompts
 
 
@@ -104,7 +102,8 @@ class _Writing:
     def __init__(self, body: CompletionRequest, target: Target, prompts: Sequence[Prompt], choices: Choices) -> None:
         self._body, self._target, self._prompts, self._choices = body, target, prompts, choices
         self._count = len(prompts) * (body.n or 1)
-        self._id, self._created = f"cmpl-{secrets.token_hex(16)}", int(time.time())
+        id = f"cmpl-{secrets.token_hex(16)}"
+        self._envelope = Envelope(id, "text_completion", target, body.stream_options)
         logs = 0 if body.logprobs is None else self._count
         self._logs = [TokenLog(target, body.logprobs or 0, raw=True) for _ in range(logs)]
         self._offsets = [0] * self._count
@@ -113,9 +112,9 @@ class _Writing:
         """The response to a request without stream, once all answers are there."""
         replies = [self._choices.reply(number) for number in range(self._count)]
         completion = Completion(
-            id=self._id,
+            id=self._envelope.id,
             object="text_completion",
-            created=self._created,
+            created=self._envelope.created,
             model=self._target.name,
             choices=[self._choice(number, reply) for number, reply in enumerate(replies)],
             usage=self._usage(replies),
@@ -141,8 +140,8 @@ class _Writing:
                 reason = choices.reply(number).finish_reason if text is None else None
                 yield self._event(number, front + (text or ""), reason)
             replies = [choices.reply(number) for number in range(self._count)]
-        if self._with_usage:
-            yield self._encoded([], self._usage(replies).model_dump())
+        if self._envelope.with_usage:
+            yield self._envelope.event([], self._usage(replies))
         yield b"data: [DONE]\n\n"
 
     def _event(self, number: int, text: str, finish_reason: str | None) -> bytes:
@@ -153,25 +152,7 @@ class _Writing:
             "logprobs": None if logprobs is None or not logprobs.tokens else logprobs.model_dump(),
             "finish_reason": finish_reason,
         }
-        return self._encoded([choice], None)
-
-    def _encoded(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
-        chunk: dict[str, Any] = {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._target.name,
-            "system_fingerprint": self._target.fingerprint,
-            "choices": choices,
-        }
-        if self._with_usage:
-            chunk["usage"] = usage
-        return event_bytes(chunk)
-
-    @property
-    def _with_usage(self) -> bool:
-        options = self._body.stream_options
-        return options is not None and bool(options.include_usage)
+        return self._envelope.event([choice])
 
     def _logprobs(self, number: int) -> CompletionLogprobs | None:
         """Those of the tokens that are new."""
@@ -195,15 +176,4 @@ class _Writing:
         """What the request cost: each prompt counts once."""
         firsts = replies[:: self._body.n or 1]
         prompt = sum(reply.usage.prompt_tokens for reply in firsts)
-        completion = sum(reply.usage.completion_tokens for reply in replies)
-        cached = sum(reply.usage.cached_tokens for reply in firsts)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=CachedTokens(cached_tokens=cached),
-        )
-
-
-def _refusal(param: str, message: str) -> APIError:
-    return APIError(400, f"{param}: {message}", param=param)
+        return usage_of(prompt, sum(reply.usage.cached_tokens for reply in firsts), replies)

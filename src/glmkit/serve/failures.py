@@ -90,7 +90,7 @@ def describe_failure(error: BaseException, request_id: str = "") -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, QueueFullError):
-        return APIError(429, error.message, code="queue_full", headers={"Retry-After": "2"})
+        return APIError(429, error.message, code="queue_full", headers=retry_after(2))
     if isinstance(error, UsageError | TokenizerError):
         return APIError(400, str(error))
     if isinstance(error, RequestValidationError):
@@ -112,6 +112,21 @@ def failure_response(error: BaseException, request_id: str = "") -> Response:
     """
     told = describe_failure(error, request_id)
     return Response(told.encoded(), told.status, headers=told.headers, media_type="application/json")
+
+
+def refusal(param: str, message: str) -> APIError:
+    """What a client is told about a field that does not fit.
+
+    Args:
+        param: The field.
+        message: What is wrong with it.
+    """
+    return APIError(400, f"{param}: {message}", param=param)
+
+
+def server_closing() -> APIError:
+    """What a client is told whose request comes, or still runs, while the server closes."""
+    return APIError(503, "the server is closing", code="server_closing", headers=retry_after(5))
 
 
 def retry_after(seconds: float) -> dict[str, str]:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from glmkit.errors import QueueFullError
 from glmkit.serve.exchange import Exchange, Message, Receive, Send
-from glmkit.serve.failures import APIError, describe_failure, failure_response, retry_after
+from glmkit.serve.failures import APIError, describe_failure, failure_response, retry_after, server_closing
 from glmkit.serve.logs import Journal, describe_error
 from glmkit.serve.origins import host_is_allowed, origin_is_allowed
 from glmkit.serve.settings import Settings, is_loopback, matching_key
@@ -185,7 +185,7 @@ class Protection:
                 431, f"the headers are longer than {self.settings.max_header_bytes} bytes", code="headers_too_large"
             )
         if self.traffic.draining and scope["path"] not in _WHILE_DRAINING:
-            raise APIError(503, "the server is closing", code="server_closing", headers=retry_after(5))
+            raise server_closing()
         if scope["method"] == "POST" and self.engines:
             self._check_room()
         if exchange.declared_bytes > self.settings.max_body_bytes:

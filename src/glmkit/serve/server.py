@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from fastapi import FastAPI
 
 from glmkit.errors import MissingDependencyError, UsageError
-from glmkit.serve.failures import APIError, retry_after
+from glmkit.serve.failures import server_closing
 from glmkit.serve.health import loading_app
 from glmkit.serve.logs import Journal
 from glmkit.serve.protection import add_protection
@@ -71,7 +71,7 @@ def run(load: Callable[[Journal], Service], settings: Settings) -> NoReturn:
         UsageError: The address cannot be listened on.
         GlmkitError: The model cannot be loaded.
     """
-    listener = _listen(settings)
+    listener = listen(settings.host, settings.port)
     journal = Journal()
     journal.take_loggers()
     process = _Process(listener, settings, journal)
@@ -82,20 +82,38 @@ def run(load: Callable[[Journal], Service], settings: Settings) -> NoReturn:
     os._exit(code)
 
 
-def _listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+def listen(host: str, port: int) -> socket.socket:
+    """Opens a port.
+
+    Args:
+        host: Address.
+        port: TCP port; 0 takes a free one.
+
+    Raises:
+        UsageError: It cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.port))
+        listener.bind((host, port))
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise UsageError(
-            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}",
+            f"cannot listen on {host} port {port}: {error.strerror or error}",
             hint="another --port; --port 0 takes a free one",
         ) from None
     return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address of a port, as people type it.
+
+    Args:
+        listener: The port.
+    """
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def possible_connections(wanted: int) -> int:
@@ -168,8 +186,7 @@ class _Process:
             loop.add_signal_handler(number, self._stop)
         server = http_server(self._answer, self._settings)
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
-        host, port = self._listener.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        url = url_of(self._listener)
         self._journal.write({"event": "listening", "url": url, "prompts_are_logged": self._settings.log_prompts})
         try:
             return await self._serve_until_stopped(load, serving, url)
@@ -212,7 +229,7 @@ class _Process:
         traffic.draining = True
         self._journal.write({"event": "closing", "in_flight": traffic.in_flight, "broken": self._broken()})
         await self._wait_for(traffic, self._settings.drain_seconds, lambda: self._stops > 1 or self._broken())
-        traffic.end_all(APIError(503, "the server is closing", code="server_closing", headers=retry_after(5)))
+        traffic.end_all(server_closing())
         await self._wait_for(traffic, _LEAVE_SECONDS, lambda: False)
 
     async def _wait_for(self, traffic: Traffic, seconds: float, hurries: Callable[[], bool]) -> None:

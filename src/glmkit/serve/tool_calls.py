@@ -22,7 +22,7 @@ from glmkit.chat.answers import Reply
 from glmkit.chat.messages import Message
 from glmkit.chat.reply import MAX_HEADER_CHARACTERS
 from glmkit.chat.tools import MAX_DEPTH, ToolCallError, parse_json_call
-from glmkit.serve.failures import APIError
+from glmkit.serve.failures import refusal
 from glmkit.serve.shapes import (
     AssistantMessage,
     CalledFunction,
@@ -73,26 +73,26 @@ def read_offer(body: ChatRequest, generation: int) -> Offer:
         APIError: 400: both forms at once, a choice that names no tool, or a model that calls none.
     """
     if body.tools is not None and body.functions is not None:
-        raise _refusal("functions", "functions is the old form of tools: send one of them")
+        raise refusal("functions", "functions is the old form of tools: send one of them")
     if body.functions is not None:
         choice = body.function_call.name if isinstance(body.function_call, NamedFunction) else body.function_call
         tools, names = _described(body.functions, "functions")
         param, old = "function_call", True
     else:
         if body.function_call is not None:
-            raise _refusal("function_call", "function_call goes with functions")
+            raise refusal("function_call", "function_call goes with functions")
         choice = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else body.tool_choice
         tools, names = _described(body.tools, "tools")
         param, old = "tool_choice", body.tools is not None and not _is_current(body.tools)
     if not names:
         if choice not in (None, "none", "auto"):
-            raise _refusal(param, f"{param} asks for a call, but no tools are given")
+            raise refusal(param, f"{param} asks for a call, but no tools are given")
         return Offer()
     if generation not in (3, 4):
-        raise _refusal("functions" if body.functions else "tools", "this model was not made to call tools")
+        raise refusal("functions" if body.functions else "tools", "this model was not made to call tools")
     if isinstance(body.tool_choice, NamedTool) or isinstance(body.function_call, NamedFunction):
         if choice not in names:
-            raise _refusal(param, f"{param} names a tool that is not among those given")
+            raise refusal(param, f"{param} names a tool that is not among those given")
         return Offer(tools, names, choice, old)  # whatever its name, "none" too
     if choice == "none":
         return Offer()
@@ -123,14 +123,14 @@ def _described(
         _check_name(function.name, f"{param}[{place}]")
     names = frozenset(function.name for function in functions)
     if len(names) < len(functions):
-        raise _refusal(param, "two tools have one name")
+        raise refusal(param, "two tools have one name")
     return [function.model_dump(exclude_unset=True, exclude={"strict"}) for function in functions], names
 
 
 def _check_name(name: str, param: str) -> None:
     """A name becomes a header line, so it must be one."""
     if not name or name != name.strip() or not name.isprintable() or len(name) > MAX_HEADER_CHARACTERS:
-        raise _refusal(param, "a tool's name is one line of printable letters without blanks around it")
+        raise refusal(param, "a tool's name is one line of printable letters without blanks around it")
 
 
 # --- messages ---
@@ -157,7 +157,7 @@ def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
             place += _take_assistant(messages, place, message, ours)
             continue
         if isinstance(message, ToolMessage | FunctionMessage):
-            raise _refusal(f"messages[{place}]", f"the result of a {message.role} has no call in front of it")
+            raise refusal(f"messages[{place}]", f"the result of a {message.role} has no call in front of it")
         text = _text(message.content)
         if isinstance(message, SystemMessage) and ours and all(one.role == "system" for one in ours):
             ours[-1] = Message("system", f"{ours[-1].content}\n{text}")
@@ -165,7 +165,7 @@ def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
             ours.append(Message("system" if isinstance(message, SystemMessage) else "user", text))
         place += 1
     if not ours or ours[-1].role not in ("user", "observation"):
-        raise _refusal("messages", "the last message must be the user's or the result of a tool")
+        raise refusal("messages", "the last message must be the user's or the result of a tool")
     return ours
 
 
@@ -174,17 +174,17 @@ def _take_assistant(messages: Sequence[ChatMessage], place: int, message: Assist
     param, text = f"messages[{place}]", _text(message.content)
     if not message.tool_calls and message.function_call is None:
         if message.content is None:
-            raise _refusal(f"{param}.content", "a message of the assistant needs a content or calls")
+            raise refusal(f"{param}.content", "a message of the assistant needs a content or calls")
         ours.append(Message("assistant", text))
         return 1
     if message.tool_calls and message.function_call is not None:
-        raise _refusal(param, "function_call is the old form of tool_calls: send one of them")
+        raise refusal(param, "function_call is the old form of tool_calls: send one of them")
     if text.strip():
         ours.append(Message("assistant", text))
     if message.function_call is not None:
         after = messages[place + 1] if place + 1 < len(messages) else None
         if not isinstance(after, FunctionMessage):
-            raise _refusal(f"{param}.function_call", "a message of role function with its result must follow")
+            raise refusal(f"{param}.function_call", "a message of role function with its result must follow")
         ours.append(_call(message.function_call, f"{param}.function_call"))
         ours.append(Message("observation", _text(after.content)))
         return 2
@@ -193,11 +193,11 @@ def _take_assistant(messages: Sequence[ChatMessage], place: int, message: Assist
     for number, call in enumerate(calls):
         where = f"{param}.tool_calls[{number}]"
         if call.id not in results:
-            raise _refusal(where, "one message of role tool with this call's tool_call_id must follow")
+            raise refusal(where, "one message of role tool with this call's tool_call_id must follow")
         ours.append(_call(call.function, f"{where}.function"))
         ours.append(results.pop(call.id))
     if results:
-        raise _refusal(f"messages[{place + 1}]", "a tool_call_id is none of the calls in front of it")
+        raise refusal(f"messages[{place + 1}]", "a tool_call_id is none of the calls in front of it")
     return 1 + len(calls)
 
 
@@ -209,7 +209,7 @@ def _results(messages: Sequence[ChatMessage], start: int) -> dict[str, Message]:
         if not isinstance(message, ToolMessage):
             break
         if message.tool_call_id in results:
-            raise _refusal(f"messages[{place}].tool_call_id", "two results are for one call")
+            raise refusal(f"messages[{place}].tool_call_id", "two results are for one call")
         results[message.tool_call_id] = Message("observation", _text(message.content))
     return results
 
@@ -219,7 +219,7 @@ def _call(function: CalledFunction, param: str) -> Message:
     try:
         arguments = parse_json_call(function.arguments or "{}")
     except ToolCallError:
-        raise _refusal(
+        raise refusal(
             f"{param}.arguments", f"arguments must be the text of a JSON object of at most {MAX_DEPTH} levels"
         ) from None
     return Message("assistant", "", metadata=function.name, arguments=arguments)
@@ -273,7 +273,3 @@ def outcome_of(reply: Reply, offer: Offer) -> Outcome:
     function = CalledFunction(name=call.name, arguments=json.dumps(call.arguments, ensure_ascii=False))
     called = CalledTool(id=f"call_{secrets.token_hex(12)}", type="function", function=function)
     return Outcome(called, "", None, "function_call" if offer.old else "tool_calls")
-
-
-def _refusal(param: str, message: str) -> APIError:
-    return APIError(400, f"{param}: {message}", "invalid_request_error", param=param)

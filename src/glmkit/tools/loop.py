@@ -22,7 +22,7 @@ from glmkit.chat.answers import Reply
 from glmkit.chat.following import Following, Served, answer
 from glmkit.chat.messages import Message
 from glmkit.chat.reply import ReplyStream
-from glmkit.chat.tools import INTERPRETER, INTERPRETER_PROMPT, TOOLS_SENTENCE
+from glmkit.chat.tools import CODE_TOOLS, INTERPRETER_PROMPT, TOOLS_SENTENCE
 from glmkit.engine.decode import CancelToken
 from glmkit.errors import GlmkitError, UsageError
 from glmkit.tools.events import (
@@ -33,33 +33,15 @@ from glmkit.tools.events import (
     Ended,
     Event,
     Interpreter,
-    Output,
     Reason,
     Text,
 )
 from glmkit.tools.registry import Registry, Result
 from glmkit.tools.schema import checked_definition
 
-__all__ = [
-    "CallEnded",
-    "CallPending",
-    "CallStarted",
-    "CodeStarted",
-    "Ended",
-    "Event",
-    "Interpreter",
-    "Output",
-    "Reason",
-    "Text",
-    "instruct",
-    "observe",
-    "take_turn",
-]
-
 IMAGE = "[Image]"  # what the model is told of a picture
 TRUNCATED = " [TRUNCATED]"
 NO_OUTPUT = "[no output]"  # an empty observation would be none at all in GLM-4's format
-CODE_TOOLS = {3: INTERPRETER, 4: "python"}  # the header line of code to run, by generation
 _MAX_MARKS = 16
 _POLL_SECONDS = 0.05
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")

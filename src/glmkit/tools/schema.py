@@ -22,13 +22,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pydantic
 import yaml
 
-from glmkit.chat.tools import GLM4_BUILT_IN, INTERPRETER, MAX_DEPTH, depth_of, documented_tools
+from glmkit.chat.tools import MAX_DEPTH, TEXT_TOOLS, depth_of, documented_tools
 from glmkit.errors import UsageError
 
 MAX_DEFINITIONS = 32
 MAX_DEFINITION_CHARACTERS = 65_536
 _MAX_LEVELS = MAX_DEPTH + 8  # of a text: the parameters stand within a definition within a list
-RESERVED = frozenset({INTERPRETER, *GLM4_BUILT_IN})  # header lines that mean something else to the models
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _ARGUMENT = re.compile(r"(?P<name>\w+)(?: ?\([^)]*\))?: (?P<text>.+)")
@@ -60,7 +59,7 @@ def check_name(name: str) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"{str(name)[:80]!r} is no name of a tool; expected at most 64 letters, digits, - and _")
-    if name in RESERVED:
+    if name in TEXT_TOOLS:
         raise UsageError(
             f"a tool cannot be called {name}, which means something else to the models", hint="choose another name"
         )

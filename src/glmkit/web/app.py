@@ -11,9 +11,10 @@ from urllib.parse import parse_qs, quote
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 
+from glmkit.chat.interchange import MEDIA_TYPES
 from glmkit.errors import GlmkitError
 from glmkit.web.actions import Actions
-from glmkit.web.desk import FORMS, Desk
+from glmkit.web.desk import Desk
 from glmkit.web.gate import FILE_POLICY, MAX_BODY_BYTES, Access, Gate
 from glmkit.web.login import COOKIE, SESSION_SECONDS
 from glmkit.web.look import asset, gradio, theme
@@ -112,7 +113,7 @@ def _add_files(app: FastAPI, desk: Desk) -> None:
             text = desk.export(talk, form, chosen if chosen in LANGUAGES else "en")
         except GlmkitError:
             return _nothing()
-        return _attachment(text.encode(), f"{talk.title or 'chat'}.{form}", FORMS[form])
+        return _attachment(text.encode(), f"{talk.title or 'chat'}.{form}", MEDIA_TYPES[form])
 
 
 # Without a referrer at all a browser says that the form comes from nowhere (Origin: null), which the gate refuses.

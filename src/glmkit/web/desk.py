@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from glmkit.chat.interchange import Form, export, import_conversation
+from glmkit.chat.interchange import MEDIA_TYPES, Form, export, import_conversation
 from glmkit.chat.messages import Message
 from glmkit.chat.store import BASE, Conversation, ConversationStore, Entry, new_id
 from glmkit.errors import OutputError, UsageError
@@ -22,8 +22,6 @@ from glmkit.web.toolbox import take_over_tools
 from glmkit.web.turns import Turn, head, prompt_messages
 
 logger = logging.getLogger("glmkit")
-FORMS = {"md": "text/markdown", "json": "application/json", "html": "text/html"}
-"""Forms of an export and their media types."""
 _OPEN_TALKS = 256  # in memory; those that nobody has used for longest go back to the disk
 
 
@@ -186,13 +184,13 @@ class Desk:
 
         Args:
             talk: The conversation.
-            form: One of `FORMS`.
+            form: One of `glmkit.chat.interchange.MEDIA_TYPES`.
             language: Of the labels.
 
         Raises:
             UsageError: There is no such form.
         """
-        if form not in FORMS:
+        if form not in MEDIA_TYPES:
             raise UsageError(f"there is no form {form!r}")
         return export(self._conversation(talk), cast(Form, form), language)
 

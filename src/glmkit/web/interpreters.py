@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from glmkit.errors import GlmkitError, UsageError
-from glmkit.tools.loop import Output
+from glmkit.tools.events import Output
 from glmkit.web.texts import Language
 
 

@@ -16,9 +16,11 @@ from typing import Any
 
 from glmkit.chat.following import Served, serve
 from glmkit.chat.store import ConversationStore
+from glmkit.chat.tools import CODE_TOOLS
 from glmkit.errors import UsageError
 from glmkit.loading import load, name_adapters
 from glmkit.location import locate
+from glmkit.serve.server import http_server, listen, url_of
 from glmkit.serve.settings import Settings, is_loopback
 from glmkit.tools.examples import SAFE_TOOLS
 from glmkit.tools.registry import Registry
@@ -33,7 +35,6 @@ from glmkit.web.texts import LANGUAGES, Language
 PASSWORD_VARIABLE = "GLMKIT_WEB_PASSWORD"
 _NO_PASSWORD_HINT = "--password-file FILE, or the variable " + PASSWORD_VARIABLE
 _OFFERED = ("get_weather", "calculator", "get_time")  # of the examples; small models are confused by more
-_CODE = ("interpreter", "python")  # what runs in the sandbox needs nobody's consent
 _TICK_SECONDS = 0.1
 _LEAVE_SECONDS = 3.0
 
@@ -91,7 +92,8 @@ def launch(request: Request) -> int:
     adapters = {name: folder.absolute() for name, folder in name_adapters(request.loading.get("adapter")).items()}
     request = replace(request, loading={**request.loading, "adapter": adapters or None})
     registry = read_tools(request.tools)
-    listener = _listen(request.host, request.port)
+    _check_port(request.port)
+    listener = listen(request.host, request.port)
     with _private_folder():
         return asyncio.run(_serve(request, names, registry, Access(Sessions(), passwords), listener, language))
 
@@ -159,13 +161,14 @@ async def _serve(
     models = Models(list(names), begin, folders=names)
     hosts = {name.lower() for name in (*request.allowed_hosts, request.host)}
     interpreters = await open_interpreters(request.minimum, unsafe=request.unsafe)
+    # What runs in the sandbox needs nobody's consent.
     isolated = interpreters.isolation is not None and interpreters.isolation.safe
-    safe = [tool.name for tool in SAFE_TOOLS] + (list(_CODE) if isolated else [])
+    safe = [tool.name for tool in SAFE_TOOLS] + (list(CODE_TOOLS.values()) if isolated else [])
     offered = [tool.name for tool in registry if tool.name in _OFFERED or tool.name not in safe]
     desk = Desk(ConversationStore(request.store), models, registry, safe, interpreters, offered)
     try:
         await models.load(models.first)
-        url = _url(listener)
+        url = url_of(listener)
         if request.share:
             shared = await asyncio.to_thread(_share, listener)
             hosts.add(shared.removeprefix("https://"))
@@ -181,8 +184,6 @@ async def _serve(
 
 async def _run(app: Any, listener: socket.socket) -> None:
     """Answers until a signal; running answers end then, and what was said of them is kept."""
-    from glmkit.serve.server import http_server
-
     settings = Settings(max_header_bytes=64 * 2**10, idle_seconds=60, write_seconds=120)
     server = http_server(app, settings)
     stop = asyncio.Event()
@@ -201,32 +202,15 @@ async def _run(app: Any, listener: socket.socket) -> None:
         await serving
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _check_port(port: int) -> None:
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port} does not exist", hint="0 to 65535; 0 takes a free one")
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise UsageError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}",
-            hint="another --port; --port 0 takes a free one",
-        ) from None
-    return listener
 
 
 def _language(language: str) -> Language:
     if language not in LANGUAGES:
         raise UsageError(f"there is no language {language!r}", hint=" or ".join(LANGUAGES))
     return language
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _share(listener: socket.socket) -> str:

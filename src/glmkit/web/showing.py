@@ -8,10 +8,11 @@ from typing import Any
 from urllib.parse import quote
 
 from glmkit.chat.choices import choose, official_sampling
+from glmkit.chat.interchange import MEDIA_TYPES
 from glmkit.errors import UsageError
 from glmkit.tools.schema import read_definitions
 from glmkit.web import page as pages
-from glmkit.web.desk import FORMS, SETTINGS, Desk
+from glmkit.web.desk import SETTINGS, Desk
 from glmkit.web.look import gradio
 from glmkit.web.models import adapter_names, gigabytes, label
 from glmkit.web.page import Page
@@ -225,6 +226,6 @@ class Showing:
     def _exports(self, talk: Talk, language: Language) -> str:
         links = " ".join(
             f'<a href="/export/{talk.id}.{form}?language={language}" download>{say(language, f"export_{form}")}</a>'
-            for form in FORMS
+            for form in MEDIA_TYPES
         )
         return f'<div class="glm-exports"><span>{say(language, "export")}</span> {links}</div>'

@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from glmkit.chat.context import fit_context, reserve_tokens
 from glmkit.chat.messages import Message
-from glmkit.chat.tools import ToolCallError, parse_json_call, parse_tool_call
+from glmkit.chat.printing import arguments_of, fenced
 from glmkit.tools.loop import IMAGE, NO_OUTPUT, code_of
 from glmkit.web.talks import Context, Kind, Note, Part, Talk
 from glmkit.web.texts import Language, say
@@ -193,22 +193,6 @@ def parts(talk: Talk) -> list[Part]:
     return [*shown, *talk.live]
 
 
-def arguments_of(message: Message) -> dict[str, Any] | None:
-    """The arguments of a call, in whichever format the model wrote them; None if they cannot be read.
-
-    Args:
-        message: The call.
-    """
-    if message.arguments is not None:
-        return message.arguments
-    for read in (parse_tool_call, parse_json_call):
-        try:
-            return read(message.content)
-        except ToolCallError:
-            continue
-    return None
-
-
 def rows(talk: Talk, language: Language) -> list[Row]:
     """A conversation for the chat component.
 
@@ -321,18 +305,6 @@ def figure_path(talk: Talk, name: str) -> str:
         name: The picture's name.
     """
     return f"/figures/{quote(talk.id)}/{quote(name)}"
-
-
-def fenced(text: str, language: str) -> str:
-    """A block of code that nothing in the text can end.
-
-    Args:
-        text: The text.
-        language: What it is coloured as.
-    """
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    mark = "`" * max(3, longest + 1)
-    return f"{mark}{language}\n{text}\n{mark}"
 
 
 def pretty(arguments: Any) -> str:
