@@ -22,8 +22,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import glmkit
 import official
 from glmkit import cli
+from glmkit.devices import choose_device
 from glmkit.errors import CheckpointError, ConfigError, GlmkitError, TokenizerError, UsageError
-from glmkit.loading import choose_device
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.quant.linear import QuantizedLinear
 

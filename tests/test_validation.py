@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from glmkit.data.records import read_records
+from glmkit.devices import peak_bytes
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import TrainingError, UsageError
 from glmkit.evaluate.adgen import METRICS, evaluate_adgen
@@ -29,7 +30,7 @@ from glmkit.train.methods import make_method
 from glmkit.train.optimizer import warnings_about
 from glmkit.train.processes import OneProcess
 from glmkit.train.run import finetune, load_model
-from glmkit.train.speed import Operations, measured_peak, peak_memory
+from glmkit.train.speed import Operations, measured_peak
 from glmkit.train.validation import Best, HeldOut
 from tiny import sizes, train_tokenizer
 from tiny_families import glm_tokenizer, train_ice_text
@@ -423,7 +424,7 @@ def test_figures_of_the_machine(tmp_path: Path) -> None:
     assert len(result.metrics) == 2
     for line in result.metrics:
         assert 0 < line["mfu"] < 1
-        assert 50e6 < line["peak_memory_bytes"] <= peak_memory(torch.device("cpu"))
+        assert 50e6 < line["peak_memory_bytes"] <= peak_bytes(torch.device("cpu"))
     # Six steps are one pass over 21 records.
     assert sum(line["samples_per_second"] * line["seconds"] for line in result.metrics) == pytest.approx(21)
     tokens = sum(line["tokens_per_second"] * line["seconds"] for line in result.metrics)

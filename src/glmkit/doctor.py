@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from glmkit import devices
 from glmkit.errors import GlmkitError
 from glmkit.kernels import build
 from glmkit.kernels.levels import TORCH, VARIABLE
@@ -44,7 +45,7 @@ def diagnose() -> dict[str, Any]:
         "memory_bytes": {"total": memory_bytes("MemTotal"), "available": memory_bytes("MemAvailable")},
         "huge_pages": huge_pages(),
         "numa_nodes": max(1, len(list(_SYSTEM.glob("devices/system/node/node[0-9]*")))),
-        "devices": _devices(),
+        "devices": devices.described(),
         "kernels": kernels,
         "runs_on": _runs_on(kernels["level"]),
     }
@@ -168,25 +169,6 @@ def _runs_on(level: str | None) -> dict[str, str]:
         "int8, int4": f"{level} kernels, if the model computes in bfloat16 or float16; in float32 torch, exactly",
         "float": f"torch; tokens one by one with {level} kernels",
     }
-
-
-def _devices() -> list[dict[str, Any]]:
-    """The accelerators that torch sees."""
-    if not torch.accelerator.is_available():
-        return []
-    kind = torch.accelerator.current_accelerator()
-    assert kind is not None
-    module, found = getattr(torch, kind.type, None), []
-    for number in range(torch.accelerator.device_count()):
-        properties = getattr(module, "get_device_properties", lambda _: None)(number)
-        name = getattr(properties, "name", "")
-        found.append(
-            {
-                "name": f"{kind.type}:{number} {name}".strip(),
-                "memory_bytes": getattr(properties, "total_memory", None),
-            }
-        )
-    return found
 
 
 def _openmp_runtimes() -> list[str]:

@@ -20,6 +20,7 @@ import torch
 from glmkit import hf
 from glmkit.adapters import Adapters, Lora, Prefix, is_adapter_name, open_adapter, read_adapter
 from glmkit.checkpoint import Folder, open_folder
+from glmkit.devices import accelerators, choose_device
 from glmkit.errors import ConfigError, TokenizerError, UsageError
 from glmkit.families import Family, find_family
 from glmkit.location import locate
@@ -337,39 +338,6 @@ def _decide_rope(config: CheckedConfig, folder: Folder) -> None:
     config.rope_ratio_applies_to = None if divides == multiplies else "position" if divides else "base"
 
 
-def choose_device(device: str | int | torch.device) -> torch.device:
-    """The device meant by "auto" or a name.
-
-    Args:
-        device: "auto" (the accelerator if there is one, else the CPU), a name ("cpu", "cuda:1"), a number of the
-            accelerator, or a torch device, which is taken as it is.
-
-    Returns:
-        The device.
-
-    Raises:
-        UsageError: There is no such device.
-    """
-    if isinstance(device, torch.device):
-        return device
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device == "auto":
-        return accelerator or torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device={device!r} is no device", hint="auto, cpu, cuda, cuda:1, npu, mlu, mps") from error
-    if chosen.type not in ("cpu", "meta") and (accelerator is None or accelerator.type != chosen.type):
-        found = accelerator.type if accelerator else "no accelerator"
-        raise UsageError(f"device={device!r}: this machine has {found}", hint="use device='auto' or 'cpu'")
-    if chosen.type not in ("cpu", "meta") and (chosen.index or 0) >= torch.accelerator.device_count():
-        number = torch.accelerator.device_count()
-        raise UsageError(
-            f"device={device!r}: this machine has {number} of {chosen.type}", hint=f"{chosen.type}:0 is the first"
-        )
-    return chosen
-
-
 def choose_devices(device: Any) -> torch.device | Devices:
     """One device, or what `weights.load_model` takes for several.
 
@@ -387,8 +355,7 @@ def choose_devices(device: Any) -> torch.device | Devices:
     if isinstance(device, (list, tuple)):
         return [choose_device(place) for place in device] if len(device) > 1 else choose_device(*device)
     if device in ("balanced", "balanced_low_0", "sequential"):
-        several = torch.accelerator.is_available() and torch.accelerator.device_count() > 1
-        return "auto" if several else choose_device("auto")
+        return "auto" if len(accelerators()) > 1 else choose_device("auto")
     return choose_device(device)
 
 
@@ -612,7 +579,6 @@ def _load_quantised(folder: Folder, cls: Any, config: CheckedConfig, kwargs: dic
 
 __all__ = [
     "Loaded",
-    "choose_device",
     "choose_devices",
     "choose_dtype",
     "choose_family",

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from glmkit.checkpoint import Folder
+from glmkit.devices import choose_device
 from glmkit.engine import SamplingOptions, stream
 from glmkit.errors import GlmkitError, UsageError
-from glmkit.loading import Loaded, choose_device, choose_dtype, choose_family, open_model, read_config, read_tokenizer
+from glmkit.loading import Loaded, choose_dtype, choose_family, open_model, read_config, read_tokenizer
 from glmkit.location import locate
 from glmkit.models.partition import Rule, partition_of, ranges, split
 from glmkit.quant.linear import QuantizedLinear

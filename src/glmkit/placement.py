@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from glmkit import hf
+from glmkit.devices import CPU, accelerators, exists, free_bytes, is_host, parse_device
 from glmkit.errors import UsageError
 from glmkit.quant.official import is_quantised_layer
 
@@ -51,7 +52,7 @@ def place_layers(
         UsageError: There is no such device, the weights do not fit, or a table leaves out or cuts a block.
     """
     places = dict(devices) if isinstance(devices, Mapping) else plan_layers(model, devices, memory)
-    table = {name: _device(device) for name, device in places.items()}
+    table = {name: parse_device(device) for name, device in places.items()}
     check_table(model, table)
     moved: dict[tuple[int, torch.device], torch.Tensor] = {}  # a tensor with two names stays one on a device
     for name, module in model.named_modules():
@@ -223,36 +224,21 @@ def _bytes(
 
 def _chosen(devices: Sequence[Device] | str) -> list[torch.device]:
     if isinstance(devices, str) and devices == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if accelerator is None:
-            return [torch.device("cpu")]
-        return [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
-    chosen = [_device(device) for device in ([devices] if isinstance(devices, str) else devices)]
+        return accelerators() or [CPU]
+    chosen = [parse_device(device) for device in ([devices] if isinstance(devices, str) else devices)]
     if not chosen:
         raise UsageError("no devices are given", hint='"auto", or names such as ["cuda:0", "cuda:1"]')
     return chosen
 
 
-def _device(device: Device) -> torch.device:
-    """A number is that accelerator, as in device_map; a kind without a number is its first."""
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(f"{device!r} is no device", hint="0, cuda:0, npu:1, cpu") from error
-    if chosen.type not in ("cpu", "meta", "mps") and chosen.index is None:
-        return torch.device(chosen.type, 0)
-    return chosen
-
-
 def _rooms(devices: Sequence[torch.device], memory: Mapping[Device, int] | None) -> list[float]:
     """Bytes that weights may take on each device; infinite where nobody can tell."""
-    given = {_device(device): float(room) for device, room in (memory or {}).items()}
+    given = {parse_device(device): float(room) for device, room in (memory or {}).items()}
     return [given[device] if device in given else _free_bytes(device) * _SPARE for device in devices]
 
 
 def _free_bytes(device: torch.device) -> float:
-    ask = getattr(getattr(torch, device.type, None), "mem_get_info", None)
-    try:
-        return float(ask(device)[0]) if ask is not None else float("inf")
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"{device}: there is no such device ({error})") from error
+    if not exists(device):
+        raise UsageError(f"{device}: there is no such device")
+    free = None if is_host(device) else free_bytes(device)
+    return float("inf") if free is None else float(free)

@@ -186,16 +186,21 @@ def attention_mask(seen: Tensor, dtype: torch.dtype, eager: bool) -> tuple[Tenso
         if nowhere.
     """
     nothing = ~seen.any(-1, keepdim=True)
-    silent = nothing if bool(nothing.any()) else None
+    silent = nothing if _may_hold(nothing) else None
     if silent is not None:
         seen = seen | silent
-    if seen.shape[2] == 1 and bool(seen.all()):
+    if seen.shape[2] == 1 and not _may_hold(~seen):
         return None, silent
     if eager:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
             ~seen, torch.finfo(dtype).min
         ), silent
     return seen, silent
+
+
+def _may_hold(condition: Tensor) -> bool:
+    """Whether a condition holds anywhere; on the meta device, where there are no values, it may."""
+    return condition.is_meta or bool(condition.any())
 
 
 class PrefixLayout:

@@ -4,44 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from glmkit.devices import FLOAT16_DEVICE, free_bytes
 from glmkit.errors import TrainingError, UsageError
 from glmkit.train.arguments import ModelBlock, Recipe
 from glmkit.train.plan import Batch, Plan, Subject, largest_batch, place_of, plan_inference, plan_training, subject_of
 
 MOST_SHARE = 0.95  # of the free memory that a run may need
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30, "g": 10**9}
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free here and now, for one process.
-
-    Args:
-        device: Where.
-
-    Returns:
-        Bytes; None if nobody can tell.
-    """
-    if device.type != "cpu":
-        ask = getattr(getattr(torch, device.type, None), "mem_get_info", None)
-        try:
-            return int(ask(device)[0]) if ask is not None else None
-        except (RuntimeError, AssertionError):
-            return None
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, KeyError):
-        return None
-    return free
 
 
 def require_fit(
@@ -202,7 +173,7 @@ def model_plans(name: str, *, tokens: int = 2048, rows: int = 1) -> dict[str, Pl
     """
     plans: dict[str, Plan] = {}
     formats = {"float16": None, "int8": "official-int8", "int4": "official-int4"}
-    stored = subject_of(ModelBlock(path=name, dtype="float16", device="cuda"))
+    stored = subject_of(ModelBlock(path=name, dtype="float16", device=FLOAT16_DEVICE))
     if stored.scheme is not None or stored.bits:
         formats = {stored.scheme.name if stored.scheme is not None else f"official-int{stored.bits}": None}
     for method in ("answer", "ptuning_v2", "lora", "full"):
@@ -210,7 +181,7 @@ def model_plans(name: str, *, tokens: int = 2048, rows: int = 1) -> dict[str, Pl
             if method == "full" and label != "float16":
                 continue
             recipe = Recipe(
-                model={"path": name, "quantize": quantize, "dtype": "float16", "device": "cuda"},
+                model={"path": name, "quantize": quantize, "dtype": "float16", "device": FLOAT16_DEVICE},
                 data={"train_file": "none", "max_source_length": 64, "max_target_length": 64},
                 method={"name": "full" if method == "answer" else method},
                 train={"per_device_train_batch_size": rows},

@@ -23,6 +23,7 @@ from torch import nn
 
 from glmkit import hf
 from glmkit.data.examples import Example
+from glmkit.devices import peak_bytes
 from glmkit.errors import RunRefusedError, TrainingError, UsageError
 from glmkit.train.arguments import RunRecipe
 from glmkit.train.card import card
@@ -46,7 +47,7 @@ from glmkit.train.progress import Progress
 from glmkit.train.run_folder import RunRecord, begin, recorded
 from glmkit.train.signals import StopSignals
 from glmkit.train.sources import Batch, Place, Records, Source, Window
-from glmkit.train.speed import Operations, measured_peak, peak_memory
+from glmkit.train.speed import Operations, measured_peak
 from glmkit.train.stepper import Stepper
 from glmkit.train.validation import Best, HeldOut, Validation
 from glmkit.writing import write_text_atomic
@@ -246,7 +247,7 @@ class _Run:
         done = self.operations.of_step(sums["tokens"], sums["label_tokens"], sums["samples"])
         peak = measured_peak(device, dtype) * self.processes.world
         speed = done / max(sums["seconds"], 1e-9)
-        return {"mfu": speed / peak, "peak_memory_bytes": float(peak_memory(device))}
+        return {"mfu": speed / peak, "peak_memory_bytes": float(peak_bytes(device))}
 
     def after_step(self, figures: Figures) -> None:
         """Log, validate and save as often as the recipe says."""

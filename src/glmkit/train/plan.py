@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from glmkit import hf
+from glmkit.devices import CPU, accelerator
 from glmkit.errors import UsageError
 from glmkit.inspection import released_config
 from glmkit.loading import choose_dtype, choose_family, open_model, read_config
@@ -130,7 +131,7 @@ def place_of(block: ModelBlock) -> torch.device:
     """
     if block.device != "auto":
         return torch.device(block.device)
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return accelerator() or CPU
 
 
 def _named(dtype: str) -> torch.dtype:

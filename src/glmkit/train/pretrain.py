@@ -287,7 +287,8 @@ def load_or_make_model(block: NewModelBlock, tokenizer: Any, *, seed: int) -> GL
     Returns:
         The model, on the device to train on.
     """
-    from glmkit.loading import choose_device, load
+    from glmkit.devices import choose_device
+    from glmkit.loading import load
 
     if block.path is not None:
         return load(block.path, dtype="float32", device=block.device).model

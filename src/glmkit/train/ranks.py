@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from glmkit.devices import choose_device
 from glmkit.errors import UsageError
-from glmkit.loading import choose_device
 from glmkit.parallel import backends_for, join_ranks
 from glmkit.train.arguments import RunRecipe
 from glmkit.train.parts import read_parts

@@ -16,8 +16,9 @@ from glmkit.data.examples import Examples
 from glmkit.data.lengths import TruncationReport
 from glmkit.data.prepared import examples_of
 from glmkit.data.records import Record, read_records
+from glmkit.devices import choose_device
 from glmkit.errors import DataError, MissingDependencyError, UsageError
-from glmkit.loading import LANGUAGE_MODELS, Loaded, choose_device, choose_family, load, open_model, read_config
+from glmkit.loading import LANGUAGE_MODELS, Loaded, choose_family, load, open_model, read_config
 from glmkit.loading import read_tokenizer as tokenizer_of
 from glmkit.location import locate
 from glmkit.models.architectures import config_class

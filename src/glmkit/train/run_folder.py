@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from glmkit import devices
 from glmkit.errors import GlmkitError, RunRefusedError, TrainingError
 from glmkit.train.arguments import RunRecipe, as_given, as_resolved
 from glmkit.train.checkpoints import lock_folder
@@ -157,13 +158,13 @@ def environment(processes: str) -> dict[str, Any]:
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    accelerators = devices.described()
     return {
         "command": shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]),
         "folder": os.getcwd(),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "processes": processes,
-        "accelerator": accelerator,
+        "accelerator": accelerators[0]["name"] if accelerators else None,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

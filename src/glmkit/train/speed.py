@@ -9,13 +9,14 @@ what one plain matrix product reaches here and now, on all threads, in the preci
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from glmkit.devices import wait_for
 
 _CPU_SIZE, _ACCELERATOR_SIZE = 768, 8192  # rows of the square matrices that are multiplied
 _PRODUCTS = 6
@@ -106,30 +107,9 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     best = float("inf")
     with torch.inference_mode():
         for _ in range(_PRODUCTS):
-            _wait(device)
+            wait_for(device)
             started = time.perf_counter()
             torch.mm(matrix, matrix)
-            _wait(device)
+            wait_for(device)
             best = min(best, time.perf_counter() - started)
     return 2 * size**3 / best
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory that was in use so far, in bytes.
-
-    Args:
-        device: An accelerator counts its own allocations; on a CPU the whole process counts.
-    """
-    if device.type != "cpu":
-        return int(torch.get_device_module(device).max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)

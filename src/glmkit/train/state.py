@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from glmkit import writing
+from glmkit.devices import random_state, set_random_state
 
 _MOMENTS = "optimizer.safetensors"
 _EARLIER_GENERATORS = "rng.safetensors"  # before there were several processes; torch's generators only
@@ -83,8 +84,9 @@ def save_generators(folder: Path, device: torch.device, rank: int = 0) -> None:
     }
     if gauss is not None:
         states["python_gauss"] = torch.tensor(gauss, dtype=torch.float64)
-    if device.type != "cpu":
-        states["accelerator"] = torch.get_device_module(device).get_rng_state(device)
+    state = random_state(device)
+    if state is not None:
+        states["accelerator"] = state
     writing.save_tensors(folder, states, file_name=_generators(rank))
 
 
@@ -113,8 +115,7 @@ def load_generators(folder: Path, device: torch.device, rank: int = 0) -> bool:
         *keys, position, has_gauss = states["numpy"].tolist()
         words = numpy.array(keys, dtype=numpy.uint32)
         numpy.random.set_state(("MT19937", words, position, has_gauss, states["numpy_gauss"].item()))
-    if device.type != "cpu" and "accelerator" in states:
-        torch.get_device_module(device).set_rng_state(states["accelerator"], device)
+    set_random_state(device, states.get("accelerator"))
     return True
 
 

@@ -18,6 +18,7 @@ from glmkit.chat.conversation import reply_to
 from glmkit.chat.messages import Message, to_messages
 from glmkit.data.examples import Example
 from glmkit.data.records import Record
+from glmkit.devices import random_state, set_random_state
 from glmkit.engine.decode import generate_batch
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import UsageError
@@ -208,17 +209,15 @@ def untouched_random(device: torch.device) -> Iterator[None]:
     Args:
         device: Whose generator is kept beside those of the CPU, Python and NumPy.
     """
-    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
     kept = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
-    kept_there = None if accelerator is None else accelerator.get_rng_state(device)
+    kept_there = random_state(device)
     try:
         yield
     finally:
         torch.set_rng_state(kept[0])
         random.setstate(kept[1])
         numpy.random.set_state(kept[2])
-        if accelerator is not None:
-            accelerator.set_rng_state(kept_there, device)
+        set_random_state(device, kept_there)
 
 
 def mean_loss(
