@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import glmkit
 from glmkit import devices
@@ -191,6 +192,7 @@ def test_a_kind_that_comes_as_an_extension() -> None:
     code = """
 import glmkit_command
 import torch
+import transformers
 torch.utils.rename_privateuse1_backend("npu")
 from types import SimpleNamespace
 state = [torch.tensor([7])]
@@ -222,3 +224,25 @@ def test_rocm_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     monkeypatch.setattr(torch.version, "hip", "6.3")
     assert devices.described()[0]["name"] == "cuda:0 Card 0 (ROCm)"
+
+
+# --- what others quantise ---
+
+
+@pytest.mark.parametrize("name", ["chatglm-6b", "chatglm3-6b", "glm-4-9b-chat"])
+def test_a_torchao_config_loads(name: str, tmp_path: Path) -> None:
+    """bitsandbytes' configs are in test_methods.py."""
+    quantization = pytest.importorskip("torchao.quantization")
+    family = next(family for family in FAMILIES if family.name == name)
+    write_family(tmp_path / name, family)
+    config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    plain, small = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32, **options)
+        for options in ({}, {"quantization_config": config})
+    )
+    kinds = {type(parameter).__name__ for parameter in small.parameters()}
+    assert "Int8Tensor" in kinds
+    ids = torch.tensor([glmkit.load(tmp_path / name).tokenizer.encode(family.texts[0])])
+    with torch.no_grad():
+        expected, found = plain(ids).logits, small(ids).logits
+    assert 0 < float((found - expected).norm() / expected.norm()) < 0.05  # 1.5 to 2.5 % with torchao 0.18
