@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from glmkit.export.fresh import in_new_process
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,3 +37,19 @@ def _results_are_not_opened_again(request: pytest.FixtureRequest, monkeypatch: p
     """A new process for each tiny run would cost seconds; the tests marked `new_process` have one."""
     if request.node.get_closest_marker("new_process") is None:
         monkeypatch.setattr("glmkit.train.reopened.compare_result", lambda *_: "not compared in this test")
+    else:
+        monkeypatch.setattr("glmkit.export.proof.in_new_process", in_new_process)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _results_are_compared_here() -> Iterator[None]:
+    """The same for conversions, also those of fixtures that many tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glmkit.export.proof.in_new_process", _in_this_process)
+        yield
+
+
+def _in_this_process(function: str, arguments: dict[str, Any], **_: Any) -> Any:
+    """What a written checkpoint is compared by, without the seconds that a new process takes."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(**json.loads(json.dumps(arguments)))

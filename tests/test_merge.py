@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,24 +25,6 @@ from test_adapters import FAMILIES, bases, linear_layers, logits, write_lora, wr
 
 __all__ = ["bases"]  # a fixture
 module: Any = sys.modules["glmkit.export.merge"]
-
-
-@pytest.fixture
-def fresh_process() -> None:
-    """The comparison runs as it does for users; elsewhere in this process, which saves seconds each time."""
-
-
-@pytest.fixture(autouse=True)
-def compare_here(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*_: Any, input: str, **__: Any) -> Any:
-        capsys.readouterr()
-        module.probe(**json.loads(input))
-        return SimpleNamespace(returncode=0, stdout=capsys.readouterr().out, stderr="")
-
-    if "fresh_process" not in request.fixturenames:
-        monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture
@@ -153,7 +134,7 @@ def test_what_else_is_in_the_folder(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "lora", source)
     merged = merge(source, path, tmp_path / "merged", check=False)
     assert {file.name for file in (tmp_path / "merged").iterdir()} == {
-        "config.json", "generation_config.json", "MODEL_LICENSE", "model.safetensors", "tokenizer.model",
+        "config.json", "generation_config.json", "MODEL_LICENSE", "README.md", "model.safetensors", "tokenizer.model",
         "tokenizer_config.json",
     }  # fmt: skip
     assert all(name in merged.notes[0] for name in official.CODE)
@@ -258,7 +239,7 @@ def test_what_cannot_be_merged(base: Path, bases: Callable[[str], Path], tmp_pat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "lora"]
 
 
-@pytest.mark.usefixtures("fresh_process")
+@pytest.mark.new_process
 def test_a_result_that_is_not_base_and_adapter_is_not_kept(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,7 +254,7 @@ def test_a_result_that_is_not_base_and_adapter_is_not_kept(
     with pytest.raises(OutputError, match="is not what base and adapter are"):
         merge(base, path, tmp_path / "merged")
     monkeypatch.setattr(module, "save_tensors", right)
-    monkeypatch.setattr(module, "_write_config", lambda *_: None)
+    monkeypatch.setattr("glmkit.export.folders.write_config", lambda *_: None)
     with pytest.raises(OutputError, match="could not be opened again"):
         merge(base, path, tmp_path / "merged")
     assert [file.name for file in tmp_path.iterdir()] == ["lora"]
@@ -317,7 +298,7 @@ def test_a_kill_leaves_no_half_merged_folder(base: Path, tmp_path: Path, replace
         fetch, left = module._Plan.fetch, iter(range(number))
         return lambda plan, name: fetch(plan, name) if next(left, None) is not None else kill()
 
-    for point in (0, 1, count // 2, count - 1, "_write_config", "_compare"):
+    for point in (0, 1, count // 2, count - 1, "_complete", "_compare"):
         child = os.fork()
         if not child:
             if isinstance(point, str):

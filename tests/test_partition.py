@@ -265,7 +265,7 @@ def test_columns_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_an_ordinary_folder_and_shards_become_each_other(
     tmp_path: Path, two: Path, weights: dict[str, torch.Tensor]
 ) -> None:
-    (two / "tokenizer.model").write_bytes(b"pieces")
+    (two / "added_tokens.json").write_bytes(b"pieces")
     unshard(two, tmp_path / "plain", config=_CONFIG_130B)
     with open_folder(tmp_path / "plain") as folder:
         read = dict(folder.read())
@@ -273,7 +273,7 @@ def test_an_ordinary_folder_and_shards_become_each_other(
     kept = {name: tensor for name, tensor in weights.items() if not name.endswith("inv_freq")}
     assert set(read) == set(kept)
     assert all(torch.equal(read[name], tensor) for name, tensor in kept.items())
-    assert (tmp_path / "plain" / "tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "plain" / "added_tokens.json").read_bytes() == b"pieces"
     reshard(tmp_path / "plain", tmp_path / "again", 2)
     shard, expected = _module(tmp_path / "again", 1)["module"], _module(two, 1)["module"]
     assert set(shard) == set(kept)

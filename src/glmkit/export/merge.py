@@ -10,11 +10,6 @@ compares its logits with those of base and adapter.
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,28 +21,17 @@ from torch import Tensor
 
 from glmkit.adapters import Lora, Prefix, open_adapter, read_adapter
 from glmkit.checkpoint import Folder, TensorInfo, shown_path
-from glmkit.engine.probe import probe_logits
-from glmkit.errors import CheckpointError, OutputError, UsageError
-from glmkit.loading import choose_family, load, open_model, read_config, read_tokenizer
+from glmkit.errors import CheckpointError, UsageError
+from glmkit.export.folders import CARRIED, complete_folder, completed_config
+from glmkit.export.numbers import chosen_dtype, dtype_names, rounded
+from glmkit.export.proof import Comparison, compare, require
+from glmkit.loading import choose_family, open_model, read_config, read_tokenizer
 from glmkit.location import locate
-from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.quant.linear import dequantize
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.weights import check_model, empty_model, own_names
-from glmkit.writing import Shaped, save_tensors, write_folder, write_text_atomic
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CARRIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "MODEL_LICENSE", "MODEL_LICENSE.txt", "NOTICE")
-_CODE = ("modeling_chatglm.py", "configuration_chatglm.py", "tokenization_chatglm.py", "quantization.py",
-         "modeling_glm.py", "configuration_glm.py", "tokenization_glm.py")  # fmt: skip
-_EXACT_BYTES = 4 * 10**9  # up to here the probe computes in float32, so that only the rounding of the merge is seen
-_ROUNDINGS = 16  # how many units of the result's rounding the logits may be away, relative to their size
-_PROBE = """
-import json, sys
-from glmkit.export.merge import probe
-probe(**json.load(sys.stdin))
-"""
+from glmkit.writing import Shaped, save_tensors, write_folder
 
 
 @dataclass(frozen=True)
@@ -81,6 +65,7 @@ def merge(
     check: bool = True,
     adapter_config: Mapping[str, Any] | None = None,
     family: str | None = None,
+    keep_code: bool = False,
     overwrite: bool = False,
 ) -> Merged:
     """Writes base and adapter as one plain checkpoint.
@@ -94,6 +79,7 @@ def merge(
         check: Whether to compare the result's logits with those of base and adapter. This loads one after the other.
         adapter_config: See `glmkit.load`.
         family: What the base is, if its folder does not say it.
+        keep_code: Whether the base's python files go along, unchanged and never run.
         overwrite: Whether an existing folder may be replaced.
 
     Returns:
@@ -104,36 +90,29 @@ def merge(
         CheckpointError: Base or adapter is damaged, or they do not belong together.
         OutputError: The folder cannot be written, or the result is not what base and adapter are.
     """
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise UsageError(f"dtype={dtype!r}", hint=f"auto, {', '.join(_DTYPES)}")
+    wanted = chosen_dtype(dtype)
     register()
     row = choose_family(base, family)
     location, source = locate(base), Path(adapter).expanduser()
     with ExitStack() as opened:
         folder = opened.enter_context(open_model(location))
         if not folder.has("config.json"):
-            raise UsageError(f"{shown_path(location)} holds shards", hint="first: glm convert SRC FOLDER --to folder")
+            raise UsageError(f"{shown_path(location)} holds shards", hint="first: glm convert SRC FOLDER --to official")
         config = read_config(folder, row, overrule=family is not None)
         learnt, names, bits = _read_both(folder, opened.enter_context(open_adapter(source, adapter_config)), config)
-        plan = _Plan(folder, learnt, names, bits, _DTYPES.get(dtype), dequantize)
+        plan = _Plan(folder, learnt, names, bits, wanted, dequantize)
         tokenizer = read_tokenizer(folder, config)
         with write_folder(dst, overwrite) as new:
             save_tensors(new, plan.tensors, fetch=plan.fetch)
-            _write_config(new, folder, config, plan)
-            for name in CARRIED:
-                data = folder.read_bytes(name)
-                if data is not None:
-                    (new / name).write_bytes(data)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(new)
-            difference = None
+            notes = _complete(new, folder, config, plan, tokenizer, keep_code)
+            found = None
             if check:
                 asked = {"adapter_config": dict(adapter_config or {}), "family": family}
-                difference = _compare(location, source, new, plan, asked)
-        notes = _notes(folder, plan, tokenizer)
+                found = _compare(location, source, new, plan, asked)
+        notes = [*_notes(plan), *notes, *(found.notes if found is not None else [])]
     kind = "lora" if isinstance(learnt, Lora) else "p-tuning"
-    dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in plan.tensors.values()})
-    return Merged(str(dst), kind, len(plan.layers), dtypes, difference, notes)
+    difference = None if found is None else found.difference
+    return Merged(str(dst), kind, len(plan.layers), dtype_names(plan.tensors), difference, notes)
 
 
 def _read_both(
@@ -227,14 +206,8 @@ class _Plan:
         if name in self.layers and isinstance(self.learnt, Lora):
             a, b, scale = self.learnt.matrices(self.layers[name].removesuffix(".weight"))
             tensor = tensor.float().addmm_(b, a, alpha=scale)
-        result = tensor.to(dtype)
         made = name in self.layers or dtype != self.folder.tensors[name].dtype
-        if made and not all(math.isfinite(end) for end in torch.aminmax(result)):  # without a copy, as isfinite needs
-            raise OutputError(
-                f"{name} has numbers that {str(dtype).removeprefix('torch.')} does not hold",
-                hint="choose a wider dtype: --dtype bfloat16 or float32",
-            )
-        return result
+        return rounded(name, tensor, dtype) if made else tensor
 
     @staticmethod
     def _read(folder: Folder, name: str) -> Tensor:
@@ -245,8 +218,10 @@ class _Plan:
 # --- config ---
 
 
-def _write_config(new: Path, folder: Folder, config: CheckedConfig, plan: _Plan) -> None:
-    """The base's own config.json, with what changed."""
+def _complete(
+    new: Path, folder: Folder, config: CheckedConfig, plan: _Plan, tokenizer: Any, keep_code: bool
+) -> list[str]:
+    """The base's own config.json, with what changed, and everything else that stands beside weights."""
     values = completed_config(folder, config)
     if plan.dequantizes:
         values = {name: value for name, value in values.items() if not name.startswith("quantization_")}
@@ -256,25 +231,11 @@ def _write_config(new: Path, folder: Folder, config: CheckedConfig, plan: _Plan)
     kinds = [one.dtype for one in plan.tensors.values() if one.dtype.is_floating_point]
     values["torch_dtype"] = str(max(set(kinds), key=kinds.count)).removeprefix("torch.")
     values.pop("dtype", None)
-    write_text_atomic(new / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    done = "merged with an adapter"
+    return complete_folder(new, folder, values, tokenizer, made_by=done, keep_code=keep_code)
 
 
-def completed_config(folder: Folder, config: CheckedConfig) -> dict[str, Any]:
-    """The content of a folder's config.json, with what only its python files or its tokenizer said, and without them.
-
-    Args:
-        folder: The folder.
-        config: Its config, as read.
-    """
-    values = {name: value for name, value in folder.config.items() if name != "auto_map"}
-    values.setdefault("architectures", [config.first_architecture])
-    if isinstance(config, ChatGLM2Config):
-        said = {"generation": config.generation, "rope_ratio_applies_to": config.rope_ratio_applies_to}
-        values |= {name: value for name, value in said.items() if value is not None}
-    return values
-
-
-def _notes(folder: Folder, plan: _Plan, tokenizer: Any) -> list[str]:
+def _notes(plan: _Plan) -> list[str]:
     notes = []
     if plan.prefix:
         notes.append(
@@ -283,59 +244,17 @@ def _notes(folder: Folder, plan: _Plan, tokenizer: Any) -> list[str]:
         )
     if plan.dequantizes:
         notes.append(f"the {plan.bits}-bit weights were written in 16 bit; what quantising lost does not come back")
-    code = [name for name in _CODE if folder.has(name)]
-    if code:
-        notes.append(
-            f"left out: {', '.join(code)}; glmkit does not need them. The official code does: copy them from the base,"
-            " and auto_map from its config.json and tokenizer_config.json"
-        )
-    if tokenizer is None:
-        notes.append("the base has no tokenizer, so the new folder has none")
     return notes
 
 
-# --- comparing ---
-
-
-def _compare(base: Path, adapter: Path, new: Path, plan: _Plan, asked: dict[str, Any]) -> float:
-    """Opens the new folder in a process of its own; returns how far its logits are from those of base and adapter."""
-    exact = plan.folder.nbytes <= _EXACT_BYTES
-    order = {"base": str(base), "adapter": str(adapter), "merged": str(new), "dtype": "float32" if exact else "auto"}
-    done = subprocess.run(
-        [sys.executable, "-c", _PROBE],
-        input=json.dumps(order | asked),
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONSAFEPATH": "1"},
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise OutputError(f"the merged folder could not be opened again: {last[:500]}", hint="nothing was kept")
-    difference = float(done.stdout.split()[-1])
+def _compare(base: Path, adapter: Path, new: Path, plan: _Plan, asked: dict[str, Any]) -> Comparison:
+    """Opens the new folder in a process of its own; says how far its logits are from those of base and adapter."""
+    expected = {"path": str(base), "adapter": str(adapter)} | asked
+    found = compare(expected, {"path": str(new)}, plan.folder)
     kinds = {one.dtype for name, one in plan.tensors.items() if one.dtype.is_floating_point and name not in plan.prefix}
-    eps = max(torch.finfo(kind).eps for kind in kinds | ({torch.float32} if exact else {torch.bfloat16}))
-    limit = max(1e-4, _ROUNDINGS * eps)
-    if not difference <= limit:
-        raise OutputError(
-            f"the merged folder is not what base and adapter are: its logits differ by {difference:.2%} of their size,"
-            f" expected at most {limit:.2%}",
-            hint="nothing was kept; with --dtype float32 less is rounded",
-        )
-    return difference
+    coarse = max(kinds, key=lambda kind: torch.finfo(kind).eps)
+    require(found, plan.folder, rounded=coarse, what="what base and adapter are")
+    return found
 
 
-def probe(base: str, adapter: str, merged: str, dtype: str, adapter_config: dict[str, Any], family: str | None) -> None:
-    """Prints how far the logits of a merged folder are from those of base and adapter, relative to their size.
-
-    Args:
-        base: Folder of the base.
-        adapter: Folder of the adapter.
-        merged: The merged folder.
-        dtype: To compute in.
-        adapter_config: See `glmkit.load`.
-        family: See `glmkit.load`.
-    """
-    asked: dict[str, Any] = {"adapter_config": adapter_config, "family": family, "kernels": "torch"}
-    expected = probe_logits(load(base, adapter, dtype, **asked).model)
-    found = probe_logits(load(merged, dtype=dtype, kernels="torch").model)
-    print(float((found - expected).norm() / (expected - expected.mean()).norm()))
+__all__ = ["CARRIED", "Merged", "completed_config", "merge"]

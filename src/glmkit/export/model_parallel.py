@@ -5,7 +5,8 @@
     unshard(source, target)              a model-parallel folder -> config.json and safetensors
 
 Tensors are read one at a time. A torch file is written in one go, so one rank's tensors are in memory at once; a folder
-of safetensors is written as it is read. All of them appear under their names only when they are complete.
+of safetensors is written as it is read. All of them appear under their names only when they are complete, were read
+again, and gave the source's logits in a new process.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ from torch import Tensor
 
 from glmkit.checkpoint import MODEL_WEIGHTS, Folder, open_folder, shown_path
 from glmkit.errors import CheckpointError, OutputError, UsageError
+from glmkit.export.folders import Converted
+from glmkit.export.numbers import chosen_dtype, dtype_names, recast
+from glmkit.export.official import SHARD_BYTES, Result
+from glmkit.export.proof import compare, require
+from glmkit.export.sources import read_one
 from glmkit.models.partition import Partition, ranges
 from glmkit.quant.official import is_quantised_layer, quantize_rows
 from glmkit.shards import TRACKERS, ModelParallelFolder, is_model_parallel, open_model_parallel, rank_file
-from glmkit.writing import save_tensors, write_bytes_atomic, write_folder, write_text_atomic
+from glmkit.writing import write_bytes_atomic, write_folder, write_text_atomic
 
 _CARRIED = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -41,7 +47,7 @@ def reshard(
     dequantize: bool = False,
     iteration: str | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Converted:
     """Writes a checkpoint as a model-parallel folder for `degree` ranks.
 
     Args:
@@ -52,6 +58,9 @@ def reshard(
         dequantize: Whether a quantised checkpoint may become one of float16 numbers.
         iteration: Name of the iteration's folder; None: the source's, "1" if it has none.
         overwrite: Whether an existing folder may be replaced.
+
+    Returns:
+        What was done.
 
     Raises:
         CheckpointError: The source is damaged, or incomplete.
@@ -89,11 +98,12 @@ def reshard(
             _carry(folder, new)
             if parallel is None and partition.family == "glm":  # the GELU of the folder, not that of training files
                 _write_config(new, {"gelu": "erf", **folder.config})
+            return _proven(source, folder, new, target)
 
 
 def quantize_shards(
     source: str | os.PathLike[str], target: str | os.PathLike[str], bits: int, *, overwrite: bool = False
-) -> None:
+) -> Converted:
     """Writes a model-parallel folder with every rank's linears in the official row-wise format.
 
     Each rank quantises what it holds, so the row scales of divided columns belong to this number of ranks.
@@ -103,6 +113,9 @@ def quantize_shards(
         target: The folder to make.
         bits: 8 or 4.
         overwrite: Whether an existing folder may be replaced.
+
+    Returns:
+        What was done; `difference` is what the fewer bits cost.
 
     Raises:
         CheckpointError: The source is damaged.
@@ -131,6 +144,7 @@ def quantize_shards(
         with write_folder(target, overwrite) as new:
             _write(new, folder.iteration, shards(), folder.training, folder.partition)
             _carry(folder, new)
+            return _proven(source, folder, new, target, bits=bits)
 
 
 def unshard(
@@ -138,25 +152,68 @@ def unshard(
     target: str | os.PathLike[str],
     *,
     config: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
-) -> None:
+) -> Converted:
     """Writes a model-parallel folder as an ordinary one, with config.json and safetensors.
 
     Args:
         source: A model-parallel folder; if several ranks are quantised the result is float16.
         target: The folder to make.
         config: The content of config.json, where the source has none and its tensors do not tell it.
+        dtype: "auto" keeps each tensor's; "float32", "bfloat16" or "float16" is that of all.
+        shard_bytes: The most tensor data in one file.
         overwrite: Whether an existing folder may be replaced.
+
+    Returns:
+        What was done.
 
     Raises:
         CheckpointError: The source is damaged, or its config cannot be known.
         OutputError: The target cannot be written.
     """
+    wanted = chosen_dtype(dtype)
     with open_model_parallel(source, config=config) as folder, write_folder(target, overwrite) as new:
-        tensors = {name: info for name, info in folder.tensors.items() if not name.endswith(".inv_freq")}
-        save_tensors(new, tensors, fetch=lambda name: next(tensor for _, tensor in folder.read([name])))
-        _carry(folder, new)
-        _write_config(new, folder.config)
+        kept = {name: info for name, info in folder.tensors.items() if not name.endswith(".inv_freq")}
+        tensors, fetch = recast(kept, lambda name: read_one(folder, name), wanted)
+
+        def beside() -> list[str]:
+            _carry(folder, new)
+            _write_config(new, folder.config | ({} if wanted is None else {"torch_dtype": dtype}))
+            return []
+
+        side = {"path": os.fspath(source), "config": dict(config or {})}
+        result = Result(target, "official", shard_bytes, before=folder.tensors)
+        return result.write(new, folder, tensors, fetch, beside, side)
+
+
+def _proven(
+    source: str | os.PathLike[str], folder: Folder, new: Path, target: str | os.PathLike[str], *, bits: int = 0
+) -> Converted:
+    """Opens new shards again as one checkpoint, and compares it with the source: its numbers, and what it computes."""
+    notes: list[str] = []
+    difference = None
+    with open_model_parallel(new, needs_config=False) as written:
+        theirs = {_file_name(name, written.partition): name for name in folder.tensors}
+        for name in written.tensors if not bits else ():
+            if not torch.equal(read_one(written, name), read_one(folder, theirs[_file_name(name, written.partition)])):
+                raise OutputError(
+                    f"{name} was not written as it was read", hint="look at the disk; then write it again"
+                )
+        tensors, after = written.tensors, sum(rank.nbytes for rank in written.ranks)
+    before = sum(rank.nbytes for rank in folder.ranks) if isinstance(folder, ModelParallelFolder) else folder.nbytes
+    if "num_layers" in folder.config:
+        known = {name: value for name, value in folder.config.items() if name != "quantization_bit"}
+        found = compare({"path": os.fspath(source)}, {"path": str(new), "config": known}, folder)
+        if not bits:
+            require(found, folder, rounded=None, what="what its source is")
+        difference, notes = found.difference, found.notes
+    else:
+        notes.append("logits were not compared: neither config.json nor the shards say the number of heads")
+    if bits and after >= before:
+        notes.append(f"the quantised shards are not smaller: {after:,} bytes of tensors, the source has {before:,}")
+    return Converted(os.fspath(target), "shards", len(tensors), dtype_names(tensors), before, after, difference, notes)
 
 
 def _open(source: str | os.PathLike[str], dequantize: bool) -> Folder:

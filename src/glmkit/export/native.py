@@ -14,7 +14,8 @@
 No number is changed. The base of the rotary frequencies is 10,000 times `rope_ratio`; a `rope_ratio` that divides the
 position (ChatGLM2-6B-32K) is transformers' linear scaling, exactly so where it is a power of two, as in the release.
 
-Tensors go from file to file one at a time. The new folder is read again and compared before it gets its name.
+Tensors go from file to file one at a time. Before the new folder gets its name its bytes are read again, and a new
+process compares the logits of transformers' class with ours.
 
 Source: convert_glm_weights_to_hf.py of transformers, config.json of glm-4-9b-chat and glm-4-9b-chat-hf.
 """
@@ -34,20 +35,32 @@ import torch
 
 from glmkit import hf
 from glmkit.checkpoint import Folder, check_tensors, open_folder, shown_path
-from glmkit.errors import CheckpointError, ConfigError, OutputError, UsageError
-from glmkit.families import find_family
-from glmkit.loading import read_config
+from glmkit.errors import CheckpointError, ConfigError
+from glmkit.export.folders import Converted, complete_folder
+from glmkit.export.numbers import chosen_dtype, recast
+from glmkit.export.official import SHARD_BYTES, Result
+from glmkit.export.sources import open_source
+from glmkit.export.state_file import StateFile
+from glmkit.loading import choose_family, read_config
 from glmkit.models.architectures import is_native_layout
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.models.chatglm2_config import ChatGLM2Config
 from glmkit.models.checked_config import is_positive, unreadable
 from glmkit.quant.schemes import scheme_of
+from glmkit.registration import register
 from glmkit.tokenizers import ChatGLM4Tokenizer, ChatGLMTokenizer, has_tokenizer, load_tokenizer
 from glmkit.weights import check_model, own_names
-from glmkit.writing import save_tensors, write_folder, write_text_atomic
+from glmkit.writing import write_folder, write_text_atomic
 
 logger = logging.getLogger("glmkit")
 
+# GLM-4 reads control tokens in a text, as its official tokenizer does, so that a template can write its prompts. Those
+# of ChatGLM2 and ChatGLM3 read none, and no template could.
+_GLM4_TEMPLATE = (
+    "{{ '[gMASK]<sop>' }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + (message['metadata'] or '') + '\\n' + message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 _BASE = 10_000.0  # of the rotary frequencies, where rope_ratio is 1
 _CONSTANT = "transformer.rotary_pos_emb.inv_freq"  # stored by the official code, used by nobody
 _FIELDS = {  # of ChatGLM2Config -> of GlmConfig
@@ -92,30 +105,39 @@ def to_native(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    like: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
     family: str | None = None,
     overwrite: bool = False,
-) -> None:
+) -> Converted:
     """Writes an official folder in transformers' own layout; `GlmForCausalLM` reads it without glmkit.
 
     A tokenizer goes along as its official file and as tokenizer.json, which transformers reads by itself. No chat
     template does: prompts are built from ids by glmkit.
 
     Args:
-        source: A folder of ChatGLM2, ChatGLM3 or GLM-4.
+        source: A folder of ChatGLM2, ChatGLM3 or GLM-4, or a bare file of its weights.
         target: The folder to make.
+        like: For a bare file: the folder whose config.json and tokenizer belong to it.
+        dtype: "auto" keeps each tensor's; "float32", "bfloat16" or "float16" is that of all.
+        shard_bytes: The most tensor data in one file.
         family: What the model is, where the folder does not say what its rope_ratio means.
         overwrite: Whether an existing folder may be replaced.
+
+    Returns:
+        What was done.
 
     Raises:
         CheckpointError: The source is damaged, or is no whole model.
         ConfigError: Its config cannot be read, or has no counterpart.
         OutputError: The target cannot be written.
     """
-    row = find_family(family) if family is not None else None
-    if family is not None and row is None:
-        raise UsageError(f"family={family!r} is no known model", hint="see glmkit.families.FAMILIES")
-    with open_folder(source) as folder:
-        config = read_config(folder, row, overrule=row is not None)
+    register()
+    wanted = chosen_dtype(dtype)
+    with open_source(Path(source), like=None if like is None else Path(like)) as folder:
+        row = choose_family(folder.path if isinstance(folder, StateFile) else Path(source), family)
+        config = read_config(folder, row, overrule=family is not None)
         if not isinstance(config, ChatGLM2Config):
             raise ConfigError(
                 f"{folder.path} holds a {type(config).__name__}: only ChatGLM2, ChatGLM3 and GLM-4 are `glm`"
@@ -140,24 +162,49 @@ def to_native(
             for info in [folder.tensors[stored[official]]]
             for native, first, last in _counterparts(official, info.shape[0], config)
         }
+        side = {"path": os.fspath(source), "like": None if like is None else os.fspath(like), "family": family}
+        tokenizer = _tokenizer(folder, config)
+        tensors, fetch = recast(plan, lambda name: _join_rows(folder, plan[name]), wanted)
+        values = _native_config(config, folder.config) | ({} if wanted is None else {"torch_dtype": dtype})
         with write_folder(target, overwrite) as new:
-            _write(folder, new, plan, _native_config(config, folder.config))
-            _carry_tokenizer(folder, new, config, native=True)
+
+            def beside() -> list[str]:
+                notes = complete_folder(new, folder, values, tokenizer, made_by="in transformers' `glm` layout")
+                if tokenizer is not None:
+                    _save_for_transformers(new, tokenizer)
+                return notes
+
+            result = Result(target, "native", shard_bytes, before=plan)
+            return result.write(new, folder, tensors, fetch, beside, side)
 
 
-def from_native(source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def from_native(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+) -> Converted:
     """Writes a folder of transformers' own layout as an official one.
 
     Args:
         source: A folder with model_type "glm"; its attention may have three matrices or the one of a draft, qkv_proj.
         target: The folder to make. It has no Python files, which glmkit does not need and the official code does.
+        dtype: See `to_native`.
+        shard_bytes: See `to_native`.
         overwrite: Whether an existing folder may be replaced.
+
+    Returns:
+        What was done.
 
     Raises:
         CheckpointError: The source is damaged, or its tensors are not those of its config.
         ConfigError: It is no such folder, or its config has no counterpart.
         OutputError: The target cannot be written.
     """
+    register()
+    wanted = chosen_dtype(dtype)
     with open_folder(source) as folder:
         values = _official_config(folder.config, folder.path)
         config = ChatGLM2Config.from_dict(values)
@@ -174,9 +221,36 @@ def from_native(source: str | os.PathLike[str], target: str | os.PathLike[str], 
         plan = {official: _join(state[official].shape, parts, folder) for official, parts in sources.items()}
         constant = _inv_freq(config, plan["transformer.output_layer.weight"].dtype)
         plan[_CONSTANT] = _Planned(tuple(constant.shape), constant.dtype, ())
+        tokenizer = _tokenizer(folder, config)
+        values |= {} if wanted is None else {"torch_dtype": dtype}
+        tensors, fetch = recast(
+            plan, lambda name: constant if name == _CONSTANT else _join_rows(folder, plan[name]), wanted
+        )
+        # No version of transformers reads the draft, so that its folder is only opened, and its bytes compared.
+        is_draft = any(".qkv_proj." in name for name in folder.tensors)
         with write_folder(target, overwrite) as new:
-            _write(folder, new, plan, values, {_CONSTANT: constant})
-            _carry_tokenizer(folder, new, config, native=False)
+
+            def beside() -> list[str]:
+                notes = complete_folder(new, folder, values, tokenizer, made_by="converted to the official layout")
+                draft = ["logits were not compared: transformers does not read the draft with qkv_proj"]
+                return [*notes, *(draft if is_draft else [])]
+
+            result = Result(target, "official", shard_bytes, before=plan)
+            side = {"path": str(new) if is_draft else os.fspath(source)}
+            return result.write(new, folder, tensors, fetch, beside, side)
+
+
+def is_native_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether a folder is in transformers' own layout.
+
+    Args:
+        source: The folder, or what may be the name of a model.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return False
+    with open_folder(folder, weights=()) as opened:
+        return is_native_layout(opened.config)
 
 
 # Tensors -------------------------------------------------------------------------------------------------------------
@@ -227,33 +301,9 @@ def _inv_freq(config: ChatGLM2Config, dtype: torch.dtype) -> torch.Tensor:
     return 1.0 / (_BASE ** (torch.arange(0, rotated, 2).to(dtype) / rotated))
 
 
-def _write(
-    folder: Folder,
-    new: Path,
-    plan: Mapping[str, _Planned],
-    config: Mapping[str, Any],
-    constants: Mapping[str, torch.Tensor] | None = None,
-) -> None:
-    """Writes weights and config, and compares what is read again with the source."""
-    made = constants or {}
-
-    def fetch(name: str) -> torch.Tensor:
-        if name in made:
-            return made[name]
-        parts = [folder.read_part(stored, 0, [(first, last)]) for stored, first, last in plan[name].sources]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    save_tensors(new, plan, fetch=fetch)
-    write_text_atomic(new / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    generation = folder.read_bytes("generation_config.json")
-    if generation is not None:
-        (new / "generation_config.json").write_bytes(generation)
-    with open_folder(new) as written:
-        if set(written.tensors) != set(plan):
-            raise OutputError(f"{shown_path(new)} was not written as planned")
-        for name, tensor in written.read():
-            if not torch.equal(tensor.reshape(-1).view(torch.uint8), fetch(name).reshape(-1).view(torch.uint8)):
-                raise OutputError(f"{name} was not written as it was read", hint="look at the disk; then export again")
+def _join_rows(folder: Folder, planned: _Planned) -> torch.Tensor:
+    parts = [folder.read_part(stored, 0, [(first, last)]) for stored, first, last in planned.sources]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 # Configs -------------------------------------------------------------------------------------------------------------
@@ -340,21 +390,26 @@ def _read_native(stored: Mapping[str, Any], path: Path) -> tuple[Any, dict[str, 
 # Tokenizer -----------------------------------------------------------------------------------------------------------
 
 
-def _carry_tokenizer(folder: Folder, new: Path, config: ChatGLM2Config, *, native: bool) -> None:
-    """Saves the tokenizer in the official form, and for transformers alone as tokenizer.json too."""
+def _tokenizer(folder: Folder, config: ChatGLM2Config) -> Any:
+    """The source's tokenizer; None, and a warning, if it has none that is read here."""
     if not has_tokenizer(folder.path):
         logger.warning(
-            "%s has no tokenizer file that glmkit reads, so %s gets none: copy tokenizer.model from the official"
-            " repository",
+            "%s has no tokenizer file that glmkit reads, so the new folder gets none: copy tokenizer.model from the"
+            " official repository",
             shown_path(folder.path),
-            "the new folder",
         )
-        return
+        return None
     tokenizer = load_tokenizer(folder.path, config)
     if not isinstance(tokenizer, (ChatGLMTokenizer, ChatGLM4Tokenizer)):
         raise ConfigError(f"{shown_path(folder.path)} has a {type(tokenizer).__name__}, which these models do not use")
-    config_path = Path(tokenizer.save_pretrained(new)[0])
-    if native:  # `generation`, which stands in it too, tells glmkit that the class is its own
-        tokenizer.backend_tokenizer.save(os.fspath(new / "tokenizer.json"))
-        described = json.loads(config_path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        write_text_atomic(config_path, json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+    return tokenizer
+
+
+def _save_for_transformers(new: Path, tokenizer: Any) -> None:
+    """Adds tokenizer.json, which transformers reads alone; `generation` tells glmkit that the class is its own."""
+    tokenizer.backend_tokenizer.save(os.fspath(new / "tokenizer.json"))
+    path = new / "tokenizer_config.json"
+    described = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if tokenizer.generation == 4 and not (new / "chat_template.jinja").exists():
+        described.setdefault("chat_template", _GLM4_TEMPLATE)
+    write_text_atomic(path, json.dumps(described, indent=2, ensure_ascii=False) + "\n")

@@ -8,11 +8,9 @@ the whole model is loaded instead, because each layer then has to see what the q
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +21,9 @@ from torch import Tensor
 
 from glmkit.checkpoint import Folder, shown_path
 from glmkit.data.calibration import calibration_batches
-from glmkit.engine.probe import probe_logits
 from glmkit.errors import CheckpointError, OutputError, UsageError
-from glmkit.export.merge import CARRIED, completed_config
+from glmkit.export.folders import complete_folder, completed_config
+from glmkit.export.proof import check_written, compare, summed
 from glmkit.loading import choose_family, load, open_model, read_config, read_tokenizer
 from glmkit.location import locate
 from glmkit.models.checked_config import CheckedConfig
@@ -34,10 +32,9 @@ from glmkit.quant.linear import QuantizedLinear, dequantize
 from glmkit.quant.schemes import FORMS, Form, Scheme, layers_of, scheme_of
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.weights import check_model, empty_model, own_names
-from glmkit.writing import Shaped, save_tensors, write_folder, write_text_atomic
+from glmkit.writing import Shaped, save_tensors, write_folder
 
 _SHARD_BYTES = 1 << 30  # what waits in memory for its turn
-_COMPARED_BYTES = 2 * 10**9  # up to here source and result are loaded whole, and their logits compared
 _ROWS = 1024  # compared at a time
 
 Progress = Callable[[int, int], None]
@@ -56,7 +53,7 @@ class Quantized:
         bytes_after: Of the new folder's.
         seconds: How long it took.
         weight_error: Distance of the quantised weights from the source's, relative to their norm.
-        logits_error: The same of the logits of a fixed prompt, in float32; None for a large model.
+        logits_error: The same of the logits of a fixed prompt.
         notes: What the user should know, in sentences.
     """
 
@@ -68,7 +65,7 @@ class Quantized:
     bytes_after: int
     seconds: float
     weight_error: float
-    logits_error: float | None = None
+    logits_error: float
     notes: list[str] = field(default_factory=list)
 
 
@@ -131,17 +128,18 @@ def quantize(
         with write_folder(target, overwrite) as new:
             if batches is not None:
                 plan.calibrate(location, batches, family)
-            save_tensors(new, plan.tensors, fetch=plan.fetch, max_shard_bytes=_SHARD_BYTES)
-            _write_config(new, folder, config, chosen)
-            for name in CARRIED:
-                data = folder.read_bytes(name)
-                if data is not None:
-                    (new / name).write_bytes(data)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(new)
-            _check_written(new, plan)
-            error = _logits_error(location, new, family) if folder.nbytes <= _COMPARED_BYTES else None
-    notes = [] if tokenizer is not None else ["the source has no tokenizer, so the new folder has none"]
+            sums: dict[str, int] = {}
+            save_tensors(new, plan.tensors, fetch=summed(plan.fetch, sums), max_shard_bytes=_SHARD_BYTES)
+            values = _config(folder, config, chosen)
+            notes = complete_folder(new, folder, values, tokenizer, made_by=f"quantised to {scheme}")
+            _check_written(new, sums)
+            found = compare({"path": str(location), "family": family}, {"path": str(new)}, folder)
+            if not math.isfinite(found.difference):
+                raise OutputError(
+                    "the quantised model gives no numbers: its logits are infinite or none",
+                    hint="try int8, or quantise the checkpoint in another dtype",
+                )
+        notes = [*_about_size(folder.nbytes, plan.nbytes), *notes, *found.notes]
     return Quantized(
         path=str(target),
         scheme=scheme,
@@ -151,7 +149,7 @@ def quantize(
         bytes_after=plan.nbytes,
         seconds=round(time.monotonic() - began, 1),
         weight_error=plan.weight_error,
-        logits_error=error,
+        logits_error=found.difference,
         notes=notes,
     )
 
@@ -206,7 +204,6 @@ class _Plan:
         self.folder, self.forms, self.progress = folder, forms, progress
         self.stored = {own: stored for stored, own in names.items()}
         self.tensors: dict[str, Shaped] = {}
-        self.sums: dict[str, int] = {}  # what was handed out, to be found again in the files
         self._waiting: dict[str, Tensor] = {}  # made with another tensor, and not asked for yet
         self._layers: dict[str, QuantizedLinear] = {}  # made beforehand, by calibration
         self._error, self._norm, self._done = 0.0, 0.0, 0
@@ -247,7 +244,6 @@ class _Plan:
             form = self._form(weight)
             [(_, read)] = self.folder.read([self.stored[weight]])
             tensor = read if form is None else self._quantise(weight, read, form, name)
-        self.sums[name] = _sum(tensor)
         return tensor
 
     def _quantise(self, name: str, weight: Tensor, form: Form, asked: str) -> Tensor:
@@ -277,35 +273,28 @@ class _Plan:
         return self.forms.get(owner) if leaf == "weight" else None
 
 
-def _sum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
 # --- config and checks ---
 
 
-def _write_config(new: Path, folder: Folder, config: CheckedConfig, scheme: Scheme) -> None:
+def _config(folder: Folder, config: CheckedConfig, scheme: Scheme) -> dict[str, Any]:
     # The original shards have no config.json: theirs is what was found out, from the tokenizer too.
     known = completed_config(folder, config) if folder.has("config.json") else config.to_diff_dict()
     values = {key: value for key, value in known.items() if not key.startswith("quantization_")}
-    values["quantization_config"] = scheme.to_config()
-    write_text_atomic(new / "config.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    return values | {"quantization_config": scheme.to_config()}
 
 
-def _check_written(new: Path, plan: _Plan) -> None:
+def _check_written(new: Path, sums: Mapping[str, int]) -> None:
     """Opens the new folder as loading does, and reads every tensor again."""
     with open_model(new) as written:
         config = read_config(written)
         check_model(written, empty_model(LANGUAGE_MODELS[type(config)], config))
-        for name, tensor in written.read():
-            if _sum(tensor) != plan.sums[name]:
-                raise OutputError(
-                    f"{name} was not written as it was made", hint="look at the disk; then quantise again"
-                )
+        check_written(written, sums)
 
 
-def _logits_error(source: Path, new: Path, family: str | None) -> float:
-    """How far the logits of the new folder are from the source's, relative to their size."""
-    expected = probe_logits(load(source, dtype="float32", family=family).model)
-    found = probe_logits(load(new, dtype="float32").model)
-    return float((found - expected).norm() / (expected - expected.mean()).norm())
+def _about_size(before: int, after: int) -> list[str]:
+    if after < before:
+        return []
+    return [
+        f"the quantised folder is not smaller: {after:,} bytes of tensors, the source has {before:,}; most of them"
+        " stand outside the blocks' linears, or were stored in few bits already"
+    ]
