@@ -342,6 +342,10 @@ def _fields(task: str, example: ClozeExample) -> dict[str, Any]:
         if len(parts) != 2:
             raise DataError(f"example {example.uid!r} of record: expected one @placeholder in {example.text_b!r}")
         fields["before"], fields["after"] = parts[0].rstrip(), parts[1]
+    elif task == "chid":
+        fields["before"], gap, fields["after"] = example.text_a.partition("#idiom#")
+        if not gap:
+            raise DataError(f"example {example.uid!r} of chid: expected #idiom# in {example.text_a!r:.80}")
     elif task == "race-blank":
         left, fields["right"] = f" {example.text_b}".split("_", maxsplit=1)
         fields["left"] = left.rstrip()

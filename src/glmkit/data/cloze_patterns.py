@@ -345,6 +345,33 @@ TASKS: dict[str, ClozeTask] = {
             (("在如下的句子中：", "<{marked}>", "代词'*{span2_text}*'", MASK, "指'#{span1_text}#'."), ()),
         ),
     ),
+    # --- FewCLUE; the training repository has none of these, so the wording is ours ---
+    "eprstmt": ClozeTask(
+        ("Negative", "Positive"),
+        _ask({"Negative": "不好", "Positive": "很好"}, (("<{a}>", "总之，感觉", MASK, "。"), ())),
+    ),
+    "ocnli": ClozeTask(
+        ("contradiction", "entailment", "neutral"),
+        _ask(
+            {"contradiction": "错", "entailment": "对", "neutral": "可能"},
+            (("<{a}>", "？"), (MASK, "，", "<{b}>")),
+        ),
+    ),
+    "bustm": ClozeTask(
+        ("0", "1"),
+        _ask(
+            {"0": "不是", "1": "是"},
+            (("<{a}>", "？"), ("你是说", "<{b}>", "？", MASK, "。")),
+            (("<{a}>", "？"), (MASK, "，", "<{b}>")),
+        ),
+    ),
+    "csl": ClozeTask(
+        ("0", "1"),
+        _ask({"0": "不是", "1": "是"}, (("摘要：", "<{a}>", "关键词：{b}，", MASK, "准确。"), ())),
+    ),
+    "chid": ClozeTask(  # {before} and {after}: the text around #idiom#
+        (0, 1, 2, 3, 4, 5, 6), _ask(None, (("<{before}>", MASK, "<{after}>"), ())), answers=("{*candidates}",)
+    ),
     "cmrc": ClozeTask(  # of the second pattern the official code makes no row
         ("0",),
         _ask(

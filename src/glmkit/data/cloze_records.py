@@ -42,9 +42,14 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "afqmc": ("sentence1", "sentence2"),
     "tnews": ("sentence", "keywords"),
     "cluewsc": ("text",),
+    "eprstmt": ("sentence",),
+    "ocnli": ("sentence1", "sentence2"),
+    "bustm": ("sentence1", "sentence2"),
+    "csl": ("abst", "keyword"),
+    "chid": ("content",),
 }
 """What the published files call the first and the second text."""
-_LABELS = {"mnli": "gold_label", "qqp": "is_duplicate"}
+_LABELS = {"mnli": "gold_label", "qqp": "is_duplicate", "chid": "answer"}
 _WITHOUT_CHOICE = {
     "wsc": "its examples have one answer, or several of which the label does not say which is right",
     "record": "an example may have several right answers",
@@ -101,6 +106,8 @@ def _row(row: Mapping[str, Any], task: str, where: str) -> Iterator[ClozeExample
     if task == "cluewsc" and isinstance(row.get("target"), Mapping):
         meta |= row["target"]
         meta |= {f"{span}_length": len(str(meta.get(f"{span}_text", ""))) for span in ("span1", "span2")}
+    if isinstance(row.get("keyword"), list) and "keyword" in names:  # csl
+        row = {**row, "keyword": "，".join(map(str, row["keyword"]))}
     second = names[1] if len(names) > 1 and names[1] in row else None
     yield ClozeExample(
         _text(row, names[0]),

@@ -9,7 +9,7 @@ The last two are of `glmkit.models.glm_scoring`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from glmkit.data.cloze import ClozeExample, FastClozeSample, collate_cloze, enco
 from glmkit.errors import DataError
 from glmkit.models.glm_scoring import LOSSES, cloze_loss, cloze_scores, network_of
 
-__all__ = ["LOSSES", "classify", "cloze_loss", "cloze_scores", "score"]
+__all__ = ["LOSSES", "answer_scores", "classify", "cloze_loss", "cloze_scores", "score"]
 
 
 def score(
@@ -98,8 +98,55 @@ def classify(
     Raises:
         DataError: See `glmkit.data.cloze.encode_cloze`.
     """
+    scores = answer_scores(
+        model,
+        tokenizer,
+        task,
+        examples,
+        pattern_id=pattern_id,
+        max_seq_length=max_seq_length,
+        multi_token=multi_token,
+        length_penalty=length_penalty,
+        batch_size=batch_size,
+    )
+    return [max(range(len(own)), key=own.__getitem__) for own in scores]
+
+
+def answer_scores(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    examples: Sequence[ClozeExample],
+    *,
+    pattern_id: int = 0,
+    max_seq_length: int = 256,
+    multi_token: bool = False,
+    length_penalty: float = 0.0,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[float]]:
+    """Scores the labels or answers of the examples of a task.
+
+    Args:
+        model: A GLM, on any device.
+        tokenizer: Its tokenizer.
+        task: A name in `glmkit.data.cloze_patterns.TASKS`.
+        examples: The examples.
+        pattern_id: Which pattern of the task.
+        max_seq_length: Columns that an example gets.
+        multi_token: Whether words that are one token are scored as answers with an end too.
+        length_penalty: See `score`.
+        batch_size: How many examples are read together.
+        progress: Called with the number of examples done.
+
+    Returns:
+        For each example a score for each label or answer.
+
+    Raises:
+        DataError: See `glmkit.data.cloze.encode_cloze`.
+    """
     device = next(model.parameters()).device
-    found: list[int] = []
+    found: list[list[float]] = []
     with torch.inference_mode():
         for start in range(0, len(examples), batch_size):
             samples = [
@@ -115,7 +162,13 @@ def classify(
                 for example in examples[start : start + batch_size]
             ]
             batch = {name: value.to(device) for name, value in collate_cloze(samples).items()}
-            found += cloze_scores(model, batch, length_penalty=length_penalty).argmax(dim=1).tolist()
+            scores = cloze_scores(model, batch, length_penalty=length_penalty).tolist()
+            counts = (
+                batch["choice_mask"].sum(dim=1).tolist() if "choice_mask" in batch else [len(row) for row in scores]
+            )
+            found += [row[:count] for row, count in zip(scores, counts)]
+            if progress is not None:
+                progress(len(found))
     return found
 
 
