@@ -259,7 +259,7 @@ def test_more_rows_than_a_call_takes(best: str, kind: str, monkeypatch: pytest.M
     for step in range(2):
         ids = next_ids(len(prompts), step)
         assert torch.equal(run(ids, together.layouts, together.caches), apart.alone(ids))
-    assert rows_of_calls == 2 * [22, 22, 21]
+    assert rows_of_calls == 2 * ([22, 22, 21] if kind in QUANTISED else [65])
     assert all(map(same, together.caches, apart.caches))
 
 

@@ -3,7 +3,7 @@
 from glmkit.engine.cache import BufferCache, LanguageModel, new_cache
 from glmkit.engine.decode import NO_TOKEN, CancelToken, Step, Usage, generate_batch, stream
 from glmkit.engine.sampling import SamplingOptions, row_seed
-from glmkit.engine.text import TextStream
+from glmkit.runtime.text import TextStream
 
 __all__ = [
     "NO_TOKEN",

@@ -78,16 +78,23 @@ class Batch:
         yield width
 
     @torch.inference_mode()
-    def advance(self, room: int = 0) -> Draw:
+    def advance(self, room: int = 0, *, with_logprobs: bool = True) -> Draw:
         """Chooses the next token of every row, after running the model over the last ones.
 
         Args:
             room: Most tokens that may follow it; no more are drafted.
+            with_logprobs: Whether log-probabilities are wanted.
         """
         if self.drawn is not None and not self.place:
             self._read(self.drawn.ids[:, None], [] if self.lookup is None else self.lookup.propose(room))
         self.drawn = sample(
-            self.logits[:, self.place], self.options, self.generators, self.history, step=self.step, rows=self.rows
+            self.logits[:, self.place],
+            self.options,
+            self.generators,
+            self.history,
+            step=self.step,
+            rows=self.rows,
+            with_logprobs=with_logprobs,
         )
         for history, token in zip(self.history, self.drawn.token_ids):
             history.append(token)

@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from random import Random
 
 from glmkit import hf
 from glmkit.engine.batch import Batch
 from glmkit.engine.cache import BufferCache, LanguageModel, new_cache
 from glmkit.engine.layout import InputLayout, reads_whole_prompts
 from glmkit.engine.lookup import Lookup
+from glmkit.engine.native import why_not
+from glmkit.engine.places import answer_in_places
 from glmkit.engine.sampling import SamplingOptions, row_generators
 from glmkit.errors import ContextLengthError, UsageError
 
@@ -215,7 +218,8 @@ def generate_batch(
 ) -> list[list[int]]:
     """Generates an answer for each of many prompts.
 
-    Prompts of similar length share a batch, padded on the left; a finished row leaves its batch. With a seed, a row's
+    Where native code runs the model, `batch_size` rows of any length run side by side and a finished one leaves its
+    place to the next prompt. Elsewhere prompts of similar length share a batch, padded on the left. With a seed, an
     answer depends on the seed, its number in `prompts` and its prompt: row i of a batch is
     `stream(..., replace(options, seed=row_seed(seed, i)))`, up to rounding in the model.
 
@@ -225,7 +229,7 @@ def generate_batch(
         options: How tokens are chosen.
         stop_ids: Ids that end an answer.
         max_new_tokens: Limit of each answer; less where the model's context leaves less room.
-        batch_size: Rows per batch.
+        batch_size: Rows at once. More are faster, up to some 64 on a CPU, as long as their keys and values fit.
         cancel: Ends all; looked at before each chunk of a prompt and each token.
         progress: Called with (rows finished, rows in all) whenever rows finish.
         prefill_chunk_tokens: Tokens of the prompts per model call.
@@ -243,44 +247,71 @@ def generate_batch(
     generators = row_generators(options, len(prompts))
     cancel = cancel or CancelToken()
     answers: list[list[int]] = [[] for _ in prompts]
+
+    def take(row: int, token: int) -> bool:
+        if token in stops:
+            return False
+        answers[row].append(token)
+        return len(answers[row]) < limits[row]
+
+    stops = frozenset(stop_ids)
+    if prompts and why_not(model) is None:
+        room = max(len(prompt) + min(limit, _FIRST_ROOM_TOKENS) for prompt, limit in zip(prompts, limits))
+        done = answer_in_places(
+            model,
+            prompts,
+            options,
+            generators,
+            places=batch_size,
+            room_tokens=room,
+            chunk_tokens=prefill_chunk_tokens,
+            take=take,
+            cancelled=lambda: cancel.cancelled,
+        )
+    else:
+        sizes_of_calls = (batch_size, prefill_chunk_tokens)
+        done = _answer_padded(model, prompts, options, generators, limits, sizes_of_calls, take, cancel)
     finished = 0
+    for rows in done:
+        finished += rows
+        if progress is not None:
+            progress(finished, len(prompts))
+    return answers
+
+
+def _answer_padded(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    generators: Sequence[Random],
+    limits: Sequence[int],
+    sizes: tuple[int, int],
+    take: Callable[[int, int], bool],
+    cancel: CancelToken,
+) -> Iterator[int]:
+    """One batch after the other, its rows padded on the left; yields how many rows finished whenever some do."""
+    batch_size, chunk_tokens = sizes
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))  # longest first: memory runs out at once
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         room = len(prompts[rows[0]]) + min(max(limits[row] for row in rows), _FIRST_ROOM_TOKENS)
-        batch = Batch(
-            model,
-            [prompts[row] for row in rows],
-            rows,
-            options,
-            [generators[row] for row in rows],
-            new_cache(model, len(rows), room),
-        )
-        for _ in batch.prefill(prefill_chunk_tokens):
+        cache = new_cache(model, len(rows), room)
+        batch = Batch(model, [prompts[row] for row in rows], rows, options, [generators[row] for row in rows], cache)
+        for _ in batch.prefill(chunk_tokens):
             if cancel.cancelled:
-                return answers
-        for done in _answer_rows(batch, answers, frozenset(stop_ids), limits, cancel):
-            finished += done
-            if progress is not None:
-                progress(finished, len(prompts))
+                return
+        yield from _answer_rows(batch, take, cancel)
         if cancel.cancelled:
-            return answers
-    return answers
+            return
 
 
-def _answer_rows(
-    batch: Batch, answers: list[list[int]], stop_ids: frozenset[int], limits: Sequence[int], cancel: CancelToken
-) -> Iterator[int]:
+def _answer_rows(batch: Batch, take: Callable[[int, int], bool], cancel: CancelToken) -> Iterator[int]:
     """Advances a batch until its rows are finished; yields how many finished whenever some do."""
     running = set(batch.rows)
     while running and not cancel.cancelled:
         before = len(running)
-        for row, token in zip(batch.rows, batch.advance().token_ids):
-            if row not in running:
-                continue
-            if token not in stop_ids:
-                answers[row].append(token)
-            if token in stop_ids or len(answers[row]) == limits[row]:
+        for row, token in zip(batch.rows, batch.advance(with_logprobs=False).token_ids):
+            if row in running and not take(row, token):
                 running.discard(row)
         if len(running) < before:
             yield before - len(running)

@@ -3,7 +3,7 @@
     runner_for(model)            once for each generation: looks whether nothing stands beside the plain network
     runner.rows(ids, caches)     the next token of several rows, each with a cache of its own, of any length
     runner(ids, cache=...)
-        few tokens               glm_decode: ids in, logits out
+        few tokens               glm_decode: ids in, logits out; in float32 also those of a short prompt
         many, quantised          each block in two halves around torch's attention
         many, float              the model itself: torch multiplies large float matrices well
         anything unusual         the model itself: other caches, masks, positions, an adapter
@@ -71,6 +71,8 @@ class Runner:
     def _take(self, network: Network) -> None:
         """Keeps the weights as well: whoever replaces one between two steps must not free what is read here."""
         self._network = network
+        floats = network.dtype == torch.float32 and not network.is_quantised
+        self._most_tokens = native.MOST_FLOAT_TOKENS if floats else native.MOST_TOKENS
         self._weights = [parameter.detach() for parameter in self._base.parameters()]
         self._places: WeakKeyDictionary[BufferCache, _Places] = WeakKeyDictionary()  # of rows with caches of their own
 
@@ -100,7 +102,7 @@ class Runner:
         if self._is_native(ids, attention_mask, cache):
             assert isinstance(cache, BufferCache)
             rows, tokens = ids.shape
-            few = rows * tokens <= native.MOST_TOKENS
+            few = rows * tokens <= self._most_tokens
             if few or self._network.is_quantised:
                 self._prepare(ids, attention_mask, position_ids, cache)
                 keep = min(keep, tokens)
@@ -145,6 +147,10 @@ class Runner:
                     layer.filled_tokens += 1
         return logits
 
+    def is_fastest(self, rows: int) -> bool:
+        """Whether native code runs a step of so many rows faster than the model does."""
+        return rows <= native.MOST_TOKENS or self._network.is_quantised or self._network.dtype == torch.float32
+
     def _place(self, cache: BufferCache) -> _Places | None:
         """Where the buffers of a row's own cache are, with room for a token; None if they are not of our kind."""
         places = self._places.get(cache)
@@ -166,7 +172,8 @@ class Runner:
         step.tokens = step.keep = 1
         step.cache_dtype, step.angles = dtype, len(cosines)
         step.cosines, step.sines = cosines.data_ptr(), sines.data_ptr()
-        calls = -(-len(rows) // native.MOST_TOKENS)
+        most = native.MOST_TOKENS if self._network.is_quantised else native.MOST_FLOAT_TOKENS
+        calls = -(-len(rows) // most)
         size = -(-len(rows) // calls)
         for start in range(0, len(rows), size):
             step.rows = min(size, len(rows) - start)

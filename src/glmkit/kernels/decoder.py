@@ -17,6 +17,9 @@ FINE, NO_MEMORY, MASK_OF_OTHER_SHAPE, NO_SUCH_TOKEN, NO_SUCH_POSITION = range(5)
 MOST_TOKENS = 31
 """Rows times tokens of `glm_decode`: more go to other products, whose results differ in the last places."""
 
+MOST_FLOAT_TOKENS = 128
+"""The same for float weights, whose products are the same for any number: so many do not fill the cache of a core."""
+
 
 class Block(ctypes.Structure):
     """One block's weights."""

@@ -156,6 +156,122 @@ class PlainAttention {
     }
 };
 
+// The same numbers as `PlainAttention` gives, to the last bit, where four lanes are enough: a step of one token with few
+// heads in a group. Then a vector holds four keys of four lanes, and values are added along their width.
+//
+//     scores (keys / 4, 4 keys, 4 lanes)        values (lanes, width) += weights (keys, lanes) values (keys, width)
+class NarrowAttention {
+  public:
+    static constexpr int kPairs = 4;
+    static bool takes(int pairs, int width) { return kHasQuads && pairs <= kPairs && width % kLanes == 0; }
+
+    static void run(const Keys& from, const float* queries, const float* limits, int pairs, int first, int last, float* memory, Partial to) {
+        constexpr int kChunk = PlainAttention::kChunk;
+        const int width = from.width;
+        float *scores = memory, *narrow_queries = scores + kPairs * kChunk, *wide = narrow_queries + kPairs * width;
+        for (int c = 0; c < width; ++c) std::copy(queries + c * kLanes, queries + c * kLanes + kPairs, narrow_queries + c * kPairs);
+        std::fill(to.values, to.values + pairs * width, 0.0f);
+        float largest[kPairs], sums[kPairs] = {};
+        std::fill(largest, largest + kPairs, kNothing);
+        for (int key = first; key < last; key += kChunk) {
+            const int count = std::min(kChunk, last - key);
+            float shrink[kPairs];
+            multiply_keys(numbers(from.keys, from, key, count, wide), width, narrow_queries, count, scores);
+            weigh(scores, limits, key, count, largest, sums, shrink);
+            const float* values = numbers(from.values, from, key, count, wide);
+            for (int c = 0; c < width; c += kLanes) {
+                if (pairs == 4) add_values<4>(values + c, width, scores, count, shrink, to.values + c);
+                if (pairs == 3) add_values<3>(values + c, width, scores, count, shrink, to.values + c);
+                if (pairs == 2) add_values<2>(values + c, width, scores, count, shrink, to.values + c);
+                if (pairs == 1) add_values<1>(values + c, width, scores, count, shrink, to.values + c);
+            }
+        }
+        std::copy(largest, largest + kPairs, to.largest);
+        std::copy(sums, sums + kPairs, to.sum);
+    }
+
+  private:
+    static const float* numbers(const void* all, const Keys& from, int key, int count, float* memory) {
+        const size_t at = static_cast<size_t>(key) * from.width;
+        if (from.dtype == kAsFloat32) return static_cast<const float*>(all) + at;
+        widen(all, at, count * from.width, from.dtype, memory);
+        return memory;
+    }
+
+    // Keys behind the last are the last once more; nobody sees them.
+    static void multiply_keys(const float* keys, int width, const float* queries, int count, float* scores) {
+        constexpr int kAtOnce = 4;  // of four keys
+        const float* rows[kAtOnce * kPairs];
+        for (int key = 0; key < count; key += kAtOnce * kPairs) {
+            for (int i = 0; i < kAtOnce * kPairs; ++i) rows[i] = keys + static_cast<size_t>(std::min(key + i, count - 1)) * width;
+            Floats sums[kAtOnce];
+#pragma GCC unroll 4
+            for (int i = 0; i < kAtOnce; ++i) sums[i] = spread(0.0f);
+            for (int c = 0; c < width; c += 4) {
+                const Floats q0 = same_quads(queries + c * kPairs), q1 = same_quads(queries + (c + 1) * kPairs);
+                const Floats q2 = same_quads(queries + (c + 2) * kPairs), q3 = same_quads(queries + (c + 3) * kPairs);
+#pragma GCC unroll 4
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const Floats four = quads(rows[4 * i] + c, rows[4 * i + 1] + c, rows[4 * i + 2] + c, rows[4 * i + 3] + c);
+                    sums[i] = fused(spread_in_quads<0>(four), q0, sums[i]);
+                    sums[i] = fused(spread_in_quads<1>(four), q1, sums[i]);
+                    sums[i] = fused(spread_in_quads<2>(four), q2, sums[i]);
+                    sums[i] = fused(spread_in_quads<3>(four), q3, sums[i]);
+                }
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < kAtOnce; ++i) store(scores + (key + kPairs * i) * kPairs, sums[i]);
+        }
+    }
+
+    // As `Softmax::add`, for four keys at a time: its four sums are the four quads.
+    static void weigh(float* scores, const float* limits, int first, int count, float* largest, float* sums, float* shrink) {
+        const Floats limit = same_quads(limits), nothing = spread(kNothing);
+        const float counted[kLanes] = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+        const Floats start = load(counted) + spread(static_cast<float>(first));
+        Floats top = same_quads(largest);
+        for (int key = 0; key < count; key += kPairs) {
+            const Floats seen = where_less(start + spread(static_cast<float>(key)), limit, load(scores + key * kPairs), nothing);
+            store(scores + key * kPairs, seen);
+            top = larger(seen, top);
+        }
+        float quad[kLanes], tops[kPairs];
+        store(quad, top);
+        for (int lane = 0; lane < kPairs; ++lane) {
+            tops[lane] = std::max(std::max(quad[lane], quad[lane + 4]), std::max(quad[lane + 8], quad[lane + 12]));
+        }
+        top = same_quads(tops);
+        store(quad, power_of_two(same_quads(largest) - top));
+        std::copy(quad, quad + kPairs, shrink);
+        Floats all = spread(0.0f);
+        for (int key = 0; key < count; key += kPairs) {
+            Floats weight = power_of_two(load(scores + key * kPairs) - top);
+            weight = where_less(start + spread(static_cast<float>(key)), limit, weight, spread(0.0f));
+            store(scores + key * kPairs, weight);
+            all = all + weight;
+        }
+        store(quad, all);
+        for (int lane = 0; lane < kPairs; ++lane) {
+            largest[lane] = tops[lane];
+            sums[lane] = std::fma(sums[lane], shrink[lane], (quad[lane] + quad[lane + 4]) + (quad[lane + 8] + quad[lane + 12]));
+        }
+    }
+
+    template <int kCount>
+    static void add_values(const float* values, int width, const float* weights, int count, const float* shrink, float* to) {
+        Floats sums[kCount];
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) sums[i] = load(to + i * width) * spread(shrink[i]);
+        for (int key = 0; key < count; ++key) {
+            const Floats own = load(values + static_cast<size_t>(key) * width);
+#pragma GCC unroll 4
+            for (int i = 0; i < kCount; ++i) sums[i] = fused(own, spread(weights[key * kPairs + i]), sums[i]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount; ++i) store(to + i * width, sums[i]);
+    }
+};
+
 #if defined(GLM_TILES)
 
 // A bfloat16 cache, by products of bfloat16 that are added up in float32; queries and weights are rounded to it.

@@ -363,6 +363,8 @@ class Run {
 #if defined(GLM_TILES)
         if (lanes_are_tiles) return TileAttention::run(keys, lanes_queries, limits, first, last, scratch, to);
 #endif
+        const int pairs = s.tokens * each;
+        if (NarrowAttention::takes(pairs, d.width)) return NarrowAttention::run(keys, lanes_queries, limits, pairs, first, last, scratch, to);
         PlainAttention::run(keys, lanes_queries, limits, first, last, scratch, to);
     }
 

@@ -129,6 +129,57 @@ inline float sum(const Floats& a) {
     return fold(a, [](auto x, auto y) { return x + y; });
 }
 
+// Lanes as four quads, where the CPU can move them: four numbers from each of four places; the same four in every quad;
+// one of each quad's own four in all its lanes.
+#if defined(__AVX512VNNI__)
+constexpr bool kHasQuads = true;
+inline Floats quads(const float* a, const float* b, const float* c, const float* d) {
+    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(a)), _mm_loadu_ps(b), 1);
+    const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(c)), _mm_loadu_ps(d), 1);
+    return {{(NativeFloats)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)}};
+}
+inline Floats same_quads(const float* x) { return {{(NativeFloats)_mm512_broadcast_f32x4(_mm_loadu_ps(x))}}; }
+template <int kPlace>
+inline Floats spread_in_quads(const Floats& a) {
+    return {{(NativeFloats)_mm512_permute_ps((__m512)a.part[0], kPlace * 0x55)}};
+}
+#else
+constexpr bool kHasQuads = false;
+inline Floats quads(const float*, const float*, const float*, const float*) { return spread(0.0f); }
+inline Floats same_quads(const float*) { return spread(0.0f); }
+template <int kPlace>
+inline Floats spread_in_quads(const Floats& a) { return a; }
+#endif
+
+// Sums of 16 times 16 lanes, each as `sum` adds it up, to the last bit: lane 4 * i + c is that of number 4 * c + i.
+inline Floats sums_of(const Floats (&all)[kLanes]) {
+#if defined(__AVX512VNNI__)
+    const auto both = [](__m512 x, __m512 y) { return _mm512_add_ps(x, y); };
+    __m512 halves[8], quarters[4], pairs[2];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        const __m512 x = (__m512)all[2 * i].part[0], y = (__m512)all[2 * i + 1].part[0];
+        halves[i] = both(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512 x = halves[2 * i], y = halves[2 * i + 1];
+        quarters[i] = both(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+        const __m512 x = quarters[2 * i], y = quarters[2 * i + 1];
+        pairs[i] = both(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    }
+    const __m512 x = pairs[0], y = pairs[1];
+    return {{(NativeFloats)both(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd))}};
+#else
+    float out[kLanes];
+    for (int i = 0; i < kLanes; ++i) out[i % 4 * 4 + i / 4] = sum(all[i]);
+    return load(out);
+#endif
+}
+
 inline float largest(const Floats& a) {
     return fold(a, [](auto x, auto y) { return x > y ? x : y; });
 }

@@ -253,41 +253,52 @@ inline float load_weight(const void* data, size_t at) {
 
 constexpr size_t kAheadBytes = 4096;  // how far ahead float weights are fetched; whole tiles of them
 
-// kColumns neighbouring rows of a float matrix times kRows vectors, lanes along k.
-template <int kKind, int kColumns, int kRows>
+// kColumns neighbouring rows of a float matrix times kRows vectors, lanes along k. The first vectors fetch the matrix from
+// memory, the others find it in the cache.
+template <int kKind, int kColumns, int kRows, bool kFetch>
 void float_tile(const Weight& w, const float* x, int n, float* y, size_t ldy) {
     constexpr size_t kBytes = kKind == kFloat32 ? 4 : 2;
     const size_t k = w.k, whole = k / kLanes * kLanes;
     const size_t tile_bytes = kColumns * k * kBytes, ahead = (kAheadBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
-    Floats sums[kColumns][kRows];
-    for (auto& row : sums)
-        for (auto& one : row) one = spread(0.0f);
+    Floats sums[kColumns * kRows];
+#pragma GCC unroll 16
+    for (int i = 0; i < kColumns * kRows; ++i) sums[i] = spread(0.0f);
     for (size_t at = 0; at < whole; at += kLanes) {
         Floats vectors[kRows];
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) vectors[i] = load(x + i * k + at);
 #pragma GCC unroll 4
         for (int c = 0; c < kColumns; ++c) {
-            __builtin_prefetch(static_cast<const char*>(w.data) + ((n + c) * k + at) * kBytes + ahead);
+            if constexpr (kFetch) __builtin_prefetch(static_cast<const char*>(w.data) + ((n + c) * k + at) * kBytes + ahead);
             const Floats weights = load_weights<kKind>(w.data, (n + c) * k + at);
 #pragma GCC unroll 4
-            for (int i = 0; i < kRows; ++i) sums[c][i] = fused(weights, vectors[i], sums[c][i]);
+            for (int i = 0; i < kRows; ++i) sums[c * kRows + i] = fused(weights, vectors[i], sums[c * kRows + i]);
+        }
+    }
+    if constexpr (kColumns * kRows == kLanes) {
+        if (whole == k) {
+            float totals[kLanes];
+            store(totals, sums_of(sums));
+            for (int i = 0; i < kRows; ++i) {
+                for (int c = 0; c < kColumns; ++c) y[i * ldy + n + c] = totals[i * kColumns + c] + (w.bias ? w.bias[n + c] : 0.0f);
+            }
+            return;
         }
     }
     for (int c = 0; c < kColumns; ++c) {
         for (int i = 0; i < kRows; ++i) {
-            float total = sum(sums[c][i]);
+            float total = sum(sums[c * kRows + i]);
             for (size_t at = whole; at < k; ++at) total = std::fma(load_weight<kKind>(w.data, (n + c) * k + at), x[i * k + at], total);
             y[i * ldy + n + c] = total + (w.bias ? w.bias[n + c] : 0.0f);
         }
     }
 }
 
-template <int kKind, int kRows>
+template <int kKind, int kRows, bool kFetch>
 void float_rows(const Weight& w, const float* x, float* y, size_t ldy, int first, int last) {
     int n = first;
-    for (; n + 4 <= last; n += 4) float_tile<kKind, 4, kRows>(w, x, n, y, ldy);
-    for (; n < last; ++n) float_tile<kKind, 1, kRows>(w, x, n, y, ldy);
+    for (; n + 4 <= last; n += 4) float_tile<kKind, 4, kRows, kFetch>(w, x, n, y, ldy);
+    for (; n < last; ++n) float_tile<kKind, 1, kRows, kFetch>(w, x, n, y, ldy);
 }
 
 template <int kKind>
@@ -298,10 +309,11 @@ void float_product(const Weight& w, const Activations& a, float* y, size_t ldy, 
             const float* x = a.x + static_cast<size_t>(i) * a.k;
             float* to = y + i * ldy;
             const int rows = std::min(a.m - i, 4);
-            if (rows == 4) float_rows<kKind, 4>(w, x, to, ldy, first, last);
-            if (rows == 3) float_rows<kKind, 3>(w, x, to, ldy, first, last);
-            if (rows == 2) float_rows<kKind, 2>(w, x, to, ldy, first, last);
-            if (rows == 1) float_rows<kKind, 1>(w, x, to, ldy, first, last);
+            if (rows == 4 && i) float_rows<kKind, 4, false>(w, x, to, ldy, first, last);
+            if (rows == 4 && !i) float_rows<kKind, 4, true>(w, x, to, ldy, first, last);
+            if (rows == 3) float_rows<kKind, 3, true>(w, x, to, ldy, first, last);
+            if (rows == 2) float_rows<kKind, 2, true>(w, x, to, ldy, first, last);
+            if (rows == 1) float_rows<kKind, 1, true>(w, x, to, ldy, first, last);
             i += rows;
         }
     }
