@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from glmkit.chat.messages import Message, to_messages
-from glmkit.chat.punctuation import FullWidthStream, full_width
-from glmkit.chat.reply import Delta, ReplyStream, parse_reply
+from glmkit.chat.reply import ReplyStream, parse_reply
 from glmkit.chat.templates import answer_ids, chat_format, conversation_ids, prompt_ids
 from glmkit.chat.tools import (
     GLM4_BUILT_IN,
@@ -28,6 +27,8 @@ from glmkit.chat.tools import (
 from glmkit.data.examples import make_example
 from glmkit.data.records import Record
 from glmkit.errors import UsageError
+from glmkit.runtime.punctuation import FullWidthStream, full_width
+from glmkit.runtime.replies import Delta
 from glmkit.tokenizers import ChatGLMTokenizer
 from glmkit.tokenizers.chatglm import ChatGLM1Tokenizer
 from glmkit.tokenizers.glm4 import ChatGLM4Tokenizer

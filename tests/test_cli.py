@@ -100,7 +100,7 @@ def test_starting_imports_nothing_heavy(arguments: list[str]) -> None:
         (
             ["zzz"],
             "there is no verb 'zzz'",
-            "known verbs: chat, serve, web, quickstart, inspect, convert, finetune, pretrain, evaluate, version",
+            "known verbs: chat, serve, web, quickstart, inspect, convert, export, run, finetune, pretrain, evaluate",
         ),
         (["chat", "--temprature", "1"], "no such option: --temprature", "did you mean --temperature?"),
         (["chat", "--top-k", "many"], "invalid value for '--top-k'", "glm chat --help lists what there is"),

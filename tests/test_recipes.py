@@ -263,7 +263,10 @@ def test_flags_and_a_recipe_say_the_same(capsys: pytest.CaptureFixture[str]) -> 
         "quantize": "official-int8", "adapter": "a #1",
     }  # fmt: skip
     assert (alone["data"]["file"], alone["data"]["max_samples"]) == ("d.json", 3)
-    assert alone["evaluate"] == {
+    rest = {
+        "preset": None, "method": None, "shots": None, "subjects": [], "window": None, "stride": None, "extra": {},
+    }  # fmt: skip
+    assert alone["evaluate"] == rest | {
         "task": "tools", "per_device_eval_batch_size": 2, "max_target_length": 9, "temperature": 0.5, "top_p": 0.8,
         "seed": 7, "output_dir": "out",
     }  # fmt: skip
@@ -272,10 +275,13 @@ def test_flags_and_a_recipe_say_the_same(capsys: pytest.CaptureFixture[str]) -> 
     assert cli.run(["evaluate", "adgen", "--data", "d.json", "--max_source_length", "64", "--dry-run"]) == 0
     default = yaml.safe_load(capsys.readouterr().out)
     assert (default["model"]["path"], default["data"]["max_source_length"]) == ("glm-nano", 64)
-    assert default["evaluate"] == {
-        "task": "adgen", "per_device_eval_batch_size": 8, "max_target_length": 256, "temperature": 0.0, "top_p": 1.0,
+    assert default["evaluate"] == rest | {
+        "task": "adgen", "per_device_eval_batch_size": 8, "max_target_length": None, "temperature": 0.0, "top_p": 1.0,
         "seed": None, "output_dir": None,
     }  # fmt: skip
+    assert cli.run(["evaluate", "ceval", "--data", "folder", "--shots", "5", "--subjects", "[law]", "--dry-run"]) == 0
+    chosen = yaml.safe_load(capsys.readouterr().out)["evaluate"]
+    assert (chosen["task"], chosen["shots"], chosen["subjects"]) == ("ceval", 5, ["law"])
 
 
 @pytest.mark.parametrize(
@@ -285,8 +291,10 @@ def test_flags_and_a_recipe_say_the_same(capsys: pytest.CaptureFixture[str]) -> 
         (["evaluate", "glm_pretrain_small"], "is not for this verb", "glm pretrain glm_pretrain_small"),
         (["finetune", "tools_eval"], "tools_eval is not for this verb", "glm evaluate tools_eval"),
         (["evaluate", "adgen_lora_evla"], "no recipe of that name", "did you mean glm evaluate adgen_lora_eval?"),
-        (["evaluate"], "missing argument 'TASK'", "adgen or tools, or a recipe"),
-        (["evaluate", "tools"], "--data is missing", "--data dev.json"),
+        (["evaluate"], "missing argument 'TASK'", "cloze, or a recipe"),
+        (["evaluate", "tools"], "--data is missing: dialogues with tools", "glm evaluate tools --data PATH"),
+        (["evaluate", "tools_eval", "evaluate.task=sums"], "there is no task 'sums'", ""),
+        (["evaluate", "tools_eval", "data.file=null"], "data.file is missing: dialogues with tools", ""),
         (["evaluate", "tuning.yaml"], "tuning.yaml has no block 'evaluate'", "glm finetune tuning.yaml"),
         (["finetune", "eval.yaml"], "eval.yaml has a block 'evaluate'", "glm evaluate eval.yaml"),
         (["evaluate", "tools_eval", "data.max_source_length=64"], "tools_eval: data.max_source_length is for", ""),

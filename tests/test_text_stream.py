@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from glmkit.engine.text import StopText, TextStream
 from glmkit.errors import UsageError
+from glmkit.runtime.text import StopText, TextStream
 
 WORDS = [
     "你好",

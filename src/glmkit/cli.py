@@ -16,7 +16,6 @@ from glmkit.errors import GlmkitError, UsageError
 
 # What fingers from other tools type first.
 _VERB_SYNONYMS = {
-    "run": "chat",
     "infer": "chat",
     "generate": "chat",
     "predict": "chat",

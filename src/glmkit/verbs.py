@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -32,7 +33,7 @@ _FLAG_SYNONYMS = {
 }
 
 
-_TASKS = ("adgen", "tools")
+_RUNTIMES = ("openvino", "onnx", "gguf")  # glm export --to
 
 
 class _Verb(TyperCommand):
@@ -117,6 +118,7 @@ def _group(name: str, summary: str) -> typer.Typer:
 
 _data = _group("data", "Work on data files.")
 _checkpoints = _group("checkpoint", "Work on checkpoints of runs with several processes.")
+_cluster = _group("cluster", "Write and check the rank tables of Ascend clusters.")
 _recipes = _group("recipe", "Show the recipes of the package, copy them, and explain their settings.")
 
 
@@ -390,29 +392,132 @@ def inspect(
     return 0
 
 
-@_verb("Write a checkpoint in another layout.")
+@_verb("Write a checkpoint in another form: layout, dtype, shards, one file; merged, quantised.")
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder with a checkpoint.", metavar="SRC")],
-    target: Annotated[str, typer.Argument(help="Folder to make.", metavar="DST")],
+    source: Annotated[str, typer.Argument(help="Folder, model name or hub id; or a file of weights.", metavar="SRC")],
+    target: Annotated[str, typer.Argument(help="Folder, or file, to make.", metavar="DST")],
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="native: transformers' glm; official: back; shards: mp_rank files; folder: one folder."
+            "--to",
+            help="official: safetensors; native: transformers' glm; shards: mp_rank files; file: one .pth, .bin or"
+            " .safetensors; mindformers: one .ckpt or .npz; merged: with --adapter; int8, int4.",
         ),
     ],
-    degree: Annotated[int, typer.Option("--degree", help="shards: number of tensor-parallel ranks.")] = 1,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else each its own.")
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", metavar="SIZE", help="Most tensor data in one file: 2GB, 500MB. 5GB.")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option("--like", metavar="DIR", help="A file's config.json and tokenizer are those of DIR.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="merged: folder of the adapter.")] = None,
+    dequantize: Annotated[bool, typer.Option("--dequantize", help="merged: write a quantised base in 16 bit.")] = False,
+    degree: Annotated[int | None, typer.Option("--degree", help="shards: number of tensor-parallel ranks.")] = None,
     bits: Annotated[int | None, typer.Option("--bits", help="shards: 8 or 4, quantise each rank's linears.")] = None,
     heads: Annotated[
-        int | None, typer.Option("--heads", help="folder: attention heads, where the shards do not say it.")
+        int | None, typer.Option("--heads", help="official: attention heads, where shards do not say it.")
     ] = None,
+    family: FamilyName = None,
+    keep_code: Annotated[
+        bool, typer.Option("--keep-code", help="Carry the source's python files, unchanged and never run.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    json_: Json = False,
 ) -> int:
-    """Converts a folder; the result appears only when it is complete."""
-    from glmkit.export import convert as run
+    """Converts; the result appears only when it is complete, opened again and compared."""
+    from dataclasses import asdict
 
-    run(source, target, to, degree=degree, bits=bits, heads=heads, overwrite=overwrite)
-    print(target)
+    from glmkit.export import convert as run
+    from glmkit.export.numbers import to_bytes
+
+    size = None if shard_size is None else to_bytes(shard_size)
+    made = run(source, target, to, dtype=dtype, shard_bytes=size, like=like, adapter=adapter, dequantize=dequantize,
+               degree=degree, bits=bits, heads=heads, family=family, keep_code=keep_code,
+               overwrite=overwrite)  # fmt: skip
+    for note in made.notes:
+        print(note, file=sys.stderr)
+    print(json.dumps({"schema": 1} | asdict(made), indent=2) if json_ else target)
     return 0
+
+
+@_verb("Write a model for another runtime: OpenVINO, ONNX or GGUF, in float, int8 or int4.")
+def export(
+    source: Annotated[str, typer.Argument(help="Folder, model name or hub id.", metavar="SRC")],
+    target: Annotated[str, typer.Argument(help="Folder, for gguf a file, to make.", metavar="DST")],
+    to: Annotated[str, typer.Option("--to", help="openvino, onnx or gguf.")],
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="int8 or int4; gguf: f16, q8_0 or q4_0. Else as they are.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="Folder of an adapter: LoRA is merged, a prefix carried.")
+    ] = None,
+    family: FamilyName = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", "--force", help="Replace DST if it exists.")] = False,
+    yes: Yes = False,
+    json_: Json = False,
+) -> int:
+    """Exports; the result appears only when it was opened again by the runtime that it is for."""
+    import importlib
+    from dataclasses import asdict
+
+    from glmkit.location import locate
+
+    if to not in _RUNTIMES:
+        raise UsageError(f"--to {to}", hint=", ".join(_RUNTIMES))
+    run = importlib.import_module(f"glmkit.export.{to}").export
+    locate(source, download=yes)
+    made = run(source, target, weights=weights, adapter=adapter, family=family, overwrite=overwrite)
+    for note in made.notes:
+        print(note, file=sys.stderr)
+    if json_:
+        print(json.dumps({"schema": 1} | asdict(made), indent=2))
+        return 0
+    logits = "" if made.difference is None else f", logits differ by {made.difference:.2g} of their size"
+    print(f"{made.path}: {in_units(made.bytes)}{logits}")
+    if to != "gguf":
+        print(f"next: glm run {made.path}")
+    return 0
+
+
+@_verb("Answer from an exported folder, without torch; with --prompt one question.")
+def run(
+    folder: Annotated[str, typer.Argument(help="What glm export wrote for openvino or onnx.", metavar="DIR")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="One question, or a text with [MASK]; '-' is standard input.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Longest answer in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 always takes the likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="1 is off.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="0 is off.")] = None,
+    min_p: Annotated[float | None, typer.Option("--min-p", help="0 is off.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty", help="1 is off.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Makes answers repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; repeatable.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="How many threads compute.")] = None,
+) -> int:
+    """Runs what was exported; needs numpy, tokenizers, and onnxruntime or openvino."""
+    from glmkit.runtime.terminal import run as answer
+
+    return answer(
+        folder,
+        prompt,
+        system=system,
+        threads=threads,
+        stop=tuple(stop or ()),
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
 
 
 @_verb("Tune a model as a recipe says.", cls=_RecipeVerb)
@@ -489,22 +594,24 @@ def evaluate(
     task: Annotated[
         str,
         typer.Argument(
-            help="adgen: advertising copy, BLEU-4 and ROUGE; tools: calls of tools in dialogues; "
-            "or a YAML file, or the name of a recipe of this package.",
-            metavar="TASK|RECIPE",
+            help="adgen, tools, ceval, cmmlu, mmlu, gsm8k, perplexity, lambada or cloze; a task file of GLM-130B's "
+            "form; a recipe, as a YAML file or by its name; or compare, with result folders.",
+            metavar="TASK|RECIPE|compare",
         ),
     ] = "",
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Changes to it, such as data.file=dev.json.", metavar="[KEY=VALUE]..."),
+        typer.Argument(help="Changes to it, such as data.file=dev.json; folders to compare.", metavar="[KEY=VALUE]..."),
     ] = None,
     set_: Set = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Folder, model name or hub id; a task alone asks glm-nano.")
     ] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Records: docs/data.md has their forms.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="What the task reads, a file or folder: docs/evaluation.md.")
+    ] = None,
     adapter: Adapter = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first records.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first records or questions.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Answers written together.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option("--temperature", help="0 always takes the likeliest.")] = None,
@@ -521,6 +628,11 @@ def evaluate(
     yes: Yes = False,
 ) -> int:
     """Evaluates and prints the results; the flags and a recipe are two ways to say the same."""
+    if task == "compare":
+        from glmkit.evaluate.comparison import compare
+
+        return _show_comparison(compare, [*(overrides or ())], output)
+    from glmkit.evaluate.catalogue import TASKS, is_task, is_task_file
     from glmkit.train.arguments import EvaluationRecipe, one_line
 
     if schema:
@@ -533,10 +645,10 @@ def evaluate(
         "evaluate.output_dir": output,
     }  # fmt: skip
     changes = [*(set_ or ()), *(f"{key}={one_line(value)}" for key, value in flags.items() if value is not None)]
-    if task in _TASKS:
-        if data is None and not overrides and not set_:
-            hint = "--data dev.json, for instance of ADGEN"
-            raise UsageError("--data is missing: the records to evaluate on", hint=hint)
+    if is_task(task):
+        if data is None and not overrides and not set_ and not is_task_file(task):
+            hint = f"glm evaluate {task} --data PATH --model MODEL"
+            raise UsageError(f"--data is missing: {TASKS[task].data}", hint=hint)
         changes = ["model.path=glm-nano", f"evaluate.task={task}", *(overrides or ()), *changes]
         checked = _read_recipe("", changes, None, EvaluationRecipe)
     else:
@@ -551,19 +663,94 @@ def _show_evaluation(recipe: Any, as_json: bool, download: bool) -> int:
     from glmkit.train.evaluation import evaluate as run
 
     found = run(recipe, download=download)
-    task = recipe.evaluate.task
-    if as_json:
-        described = {"schema": 1, "task": task, "model": recipe.model.path, "adapter": recipe.model.adapter}
-        folder = {} if found.output_dir is None else {"output": str(found.output_dir)}
-        print(json.dumps(described | folder | {"results": found.results}, ensure_ascii=False, indent=2))
+    if os.environ.get("RANK", "0") != "0":  # of several processes one prints
         return 0
-    print(table([(name.removeprefix("predict_"), str(value)) for name, value in found.results.items()]))
+    if as_json:
+        described = {**dataclasses.asdict(found.measured), "output": str(found.output_dir)}
+        print(json.dumps(described | {"results": found.results}, ensure_ascii=False, indent=2))
+        return 0
+    figures = [(name, *_shown_figure(one)) for name, one in found.measured.figures.items()]
+    print(table([*figures, *((name, _shown_note(value), "") for name, value in found.measured.notes.items())]))
+    pace = f"{found.measured.items_per_second:.3g} a second"
+    print(f"{found.measured.items} items in {found.measured.seconds:.1f} s, {pace}", file=sys.stderr)
     if found.shortened:
-        limit = recipe.data.max_source_length
+        limit = recipe.data.max_source_length or "what preset=paper has"
         print(f"prompts shortened to data.max_source_length={limit}: {found.shortened}", file=sys.stderr)
-    if found.output_dir is not None:
-        what = "predictions and results" if task == "adgen" else "results"
-        print(f"{what} in {found.output_dir}", file=sys.stderr)
+    print(f"predictions and results in {found.output_dir}", file=sys.stderr)
+    return 0
+
+
+def _shown_figure(figure: Any) -> tuple[str, str]:
+    """A figure and its interval of 95 %, for a table."""
+    if figure.value is None:
+        return "-", "nothing counted"
+    return f"{figure.value:.4g}", f"{figure.low:.4g} to {figure.high:.4g} (95 %)"
+
+
+def _shown_note(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _show_comparison(compare: Any, folders: list[str], output: str | None) -> int:
+    print(compare(folders, output))
+    return 0
+
+
+@_verb("Answer every row of a file, in batches.")
+def predict(
+    input_: Annotated[str, typer.Option("--input", "-i", help="Questions: JSON Lines, a JSON array, CSV or Parquet.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="File of JSON Lines for rows and answers.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder, model name or hub id.")] = "glm-nano",
+    adapter: Adapter = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first rows.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers written together.")] = 8,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest answer; 512.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 always takes the likeliest.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="1 is off.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Makes sampled answers repeatable.")] = None,
+    format_: Annotated[str, typer.Option("--format", help="What a row looks like; auto looks at it.")] = "auto",
+    prompt_column: Annotated[
+        str | None, typer.Option("--prompt-column", help="Field with the question, of rows that have named columns.")
+    ] = None,
+    history_column: Annotated[
+        str | None, typer.Option("--history-column", help="Field with earlier [question, answer] pairs.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, or a device such as cpu.")] = "auto",
+    quantize: Quantize = None,
+    family: FamilyName = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    json_: Json = False,
+    yes: Yes = False,
+) -> int:
+    """Answers a file; the same call goes on where one was cut."""
+    from glmkit.evaluate.predict import predict as answer
+    from glmkit.evaluate.tasks import Settings
+    from glmkit.train.arguments import ModelBlock
+    from glmkit.train.evaluation import load_shared
+    from glmkit.train.progress import Progress
+
+    columns = {"prompt": prompt_column, "history": history_column}
+    how = Settings(
+        batch_size, max_tokens, temperature, top_p, seed, limit, format=format_,
+        columns={key: name for key, name in columns.items() if name is not None},
+    )  # fmt: skip
+    block = ModelBlock(path=model, adapter=adapter, dtype=dtype, device=device, quantize=quantize, family=family)
+    loaded, ranks = load_shared(block, download=yes)
+    with Progress("answering", 0, enabled=ranks.rank == 0) as bar:
+        found = answer(
+            loaded, input_, output, how, ranks=ranks, overwrite=overwrite,
+            progress=lambda done, total: bar.update(done, total=total),
+        )  # fmt: skip
+    if ranks.rank:  # of several processes one prints
+        return 0
+    if json_:
+        print(json.dumps({"schema": 1, "output": output, **dataclasses.asdict(found)}, ensure_ascii=False, indent=2))
+        return 0
+    pace = f"{found.answered / found.seconds:.3g} a second" if found.answered and found.seconds else "nothing was left"
+    print(f"{found.rows} rows in {output}; {found.answered} answered in {found.seconds:.1f} s, {pace}")
+    if found.problems:
+        print(f"{found.problems} rows are longer than the model's context: `problem` says so", file=sys.stderr)
     return 0
 
 
@@ -748,13 +935,14 @@ def _end_of_training(result: Any) -> int:
 
 def _check_task(task: str) -> None:
     """Refuses a word that is neither a task nor a recipe of any kind; a recipe for another verb is refused later."""
+    from glmkit.evaluate.catalogue import TASKS
     from glmkit.train.arguments import VERBS, EvaluationRecipe, recipe_names
 
     if not task:
-        raise UsageError("missing argument 'TASK'", hint=f"{' or '.join(_TASKS)}, or a recipe: glm recipe list")
+        raise UsageError("missing argument 'TASK'", hint=f"{', '.join(TASKS)}, or a recipe: glm recipe list")
     if "=" in task or os.path.isfile(task) or any(task in recipe_names(kind) for kind in VERBS):
         return
-    names = [*_TASKS, *recipe_names(EvaluationRecipe)]
+    names = [*TASKS, *recipe_names(EvaluationRecipe)]
     close = difflib.get_close_matches(task, names, n=1, cutoff=0.4)
     hint = f"did you mean glm evaluate {close[0]}?" if close else f"tasks and recipes are {', '.join(names)}"
     raise UsageError(f"there is no task {task!r}, and no recipe of that name", hint=hint)
@@ -865,6 +1053,9 @@ def merge(
         bool, typer.Option("--check/--no-check", help="Compare the result with base and adapter before it is kept.")
     ] = True,
     family: FamilyName = None,
+    keep_code: Annotated[
+        bool, typer.Option("--keep-code", help="Carry the base's python files, unchanged and never run.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
     json_: Json = False,
 ) -> int:
@@ -874,7 +1065,7 @@ def merge(
     from glmkit.export.merge import merge as run
 
     merged = run(base, adapter, target, dtype=dtype, dequantize=dequantize, check=check, family=family,
-                 overwrite=overwrite)  # fmt: skip
+                 keep_code=keep_code, overwrite=overwrite)  # fmt: skip
     for note in merged.notes:
         print(note, file=sys.stderr)
     print(json.dumps({"schema": 1} | asdict(merged), indent=2) if json_ else target)
@@ -914,11 +1105,54 @@ def quantize(
         print(json.dumps({"schema": 1} | asdict(made), indent=2))
         return 0
     sizes = f"{in_units(made.bytes_before)} -> {in_units(made.bytes_after)}"
-    logits = "" if made.logits_error is None else f", logits of a test prompt by {made.logits_error:.1%}"
+    logits = f", logits of a test prompt by {made.logits_error:.1%}"
     print(f"{target}: {sizes}, {made.layers} layers in {made.scheme}, {made.seconds:.0f} s")
     kept = "" if calibration is None else " (GPTQ keeps what layers compute, not the weights)"
     print(f"weights differ by {made.weight_error:.1%} of their size{kept}{logits}")
     print(f"next: glm chat {target}")
+    return 0
+
+
+@_cluster.command("rank-table", cls=_Verb, help="Write the rank table (RANK_TABLE_FILE) of this machine.")
+def cluster_rank_table(
+    devices: Annotated[str, typer.Argument(help="First device, and the one behind the last.", metavar="[0,8)")],
+    server_ip: Annotated[str | None, typer.Option("--server-ip", "--server_ip", help="Address of this machine.")] = None,
+    device_ip: Annotated[
+        list[str] | None,
+        typer.Option("--device-ip", help="Once for each device; by default as /etc/hccn.conf says."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="File or folder; by default here.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> int:
+    """Makes a table and prints where it is."""
+    from glmkit.cluster import make_table, write_table
+
+    table = make_table(devices, server_ip=server_ip, device_ips=device_ip)
+    print(write_table(table, output, overwrite=overwrite))
+    return 0
+
+
+@_cluster.command("merge", cls=_Verb, help="Write one rank table of several machines; all of them use it.")
+def cluster_merge(
+    tables: Annotated[list[str], typer.Argument(help="The machines' tables, in the order of their ranks.")],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="File or folder; by default here.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+) -> int:
+    """Merges tables and prints where the result is."""
+    from glmkit.cluster import merge_tables, read_table, write_table
+
+    print(write_table(merge_tables([read_table(path) for path in tables]), output, overwrite=overwrite))
+    return 0
+
+
+@_cluster.command("check", cls=_Verb, help="Say whether a rank table is whole.")
+def cluster_check(table: Annotated[str, typer.Argument(help="The file.")]) -> int:
+    """Checks a table and says what it has."""
+    from glmkit.cluster import read_table
+
+    servers = read_table(table)["server_list"]
+    devices = sum(len(server["device"]) for server in servers)
+    print(f"{table}: {len(servers)} servers, {devices} devices, ranks 0 to {devices - 1}")
     return 0
 
 
@@ -1026,7 +1260,8 @@ def plan(
 ) -> int:
     """Prints the plan; a recipe that does not fit is an error that names the nearest settings that do."""
     from glmkit.train.arguments import Recipe, load_recipe, recipe_names
-    from glmkit.train.fitting import as_json, check_fits, free_bytes, memory_bytes, model_plans
+    from glmkit.devices import free_bytes
+    from glmkit.train.fitting import as_json, check_fits, memory_bytes, model_plans
     from glmkit.train.plan import place_of, plan_training
 
     if name not in recipe_names(Recipe) and not name.endswith((".yaml", ".yml")):

@@ -17,7 +17,6 @@ were typed, and mask and start tokens that the model itself writes are left out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -32,11 +31,9 @@ from glmkit.chat.messages import Message
 from glmkit.engine.decode import WAITING, CancelToken, Step, stream
 from glmkit.engine.layout import InputLayout
 from glmkit.engine.sampling import row_seed
-from glmkit.engine.text import StopText, TextStream
-from glmkit.errors import ContextLengthError, UsageError
-
-_LONGEST_TOKENS = 512  # of one filling, as in GLM's script
-_BLANK = re.compile(r"\[[gs]?MASK\]")
+from glmkit.errors import UsageError
+from glmkit.runtime.blanks import BLANK, LONGEST_TOKENS, FilledText, own_text, room_tokens
+from glmkit.runtime.text import StopText, TextStream
 
 
 class FillingStream(AnswerStream):
@@ -71,27 +68,25 @@ class FillingStream(AnswerStream):
         masks, self._sop = frozenset(tokenizer.mask_token_ids), tokenizer.get_command("sop")
         self._no_text = masks | {self._sop}
         self._places = [place for place, token in enumerate(self._ids) if token in masks]
-        self._own = _own_text(tokenizer, text, self._ids, self._places)
-        self._goes_on = not _BLANK.search(text)
-        self._room = _room(model, self._ids, self._sop, len(self._places))
+        self._own = own_text(text, _between(tokenizer, self._ids, self._places), len(self._places))
+        self._filled = FilledText(goes_on=not BLANK.search(text))
+        self._room = room_tokens(self._ids, self._sop, len(self._places), model.config.max_position_embeddings)
         prompt = [*self._ids, self._sop]
         # Two rows of positions: the model was trained with several fillings one behind the other.
         self._two_rows = self._layout(prompt).prompt(0, len(prompt))["position_ids"].ndim == 3
         self._spans: list[list[int]] = []  # ids of the fillings so far
-        self._fillings: list[str] = []
-        self._text = ""
         self._finish_reason = "cancelled"
         super().__init__()
 
     def _write(self) -> Generator[str, None, None]:
         reasons: list[str] = []
         for number in range(len(self._places)):
-            yield from self._show(self._own[number])
+            yield from _some(self._filled.own(self._own[number]))
             reasons.append((yield from self._fill(number)))
             if reasons[-1] == "cancelled":
                 break
         else:
-            yield from self._show(self._own[-1])
+            yield from _some(self._filled.own(self._own[-1]))
             self._finish_reason = "length" if "length" in reasons else "stop"
         self._end()
 
@@ -99,8 +94,7 @@ class FillingStream(AnswerStream):
         """Fills one blank; returns why the filling ended."""
         decoded, stop = TextStream(self._tokenizer.decode_ids), StopText(self._choices.stop)
         self._spans.append([])
-        self._fillings.append("")
-        waiting = ""  # blanks that may be the last
+        self._filled.begin()
         reason = "cancelled"
         for step in self._timed(self._steps(number)):
             if step is WAITING:
@@ -114,15 +108,9 @@ class FillingStream(AnswerStream):
             if step.finish_reason:
                 reason = step.finish_reason
                 text += decoded.finish()
-            waiting += stop.push(text) + (stop.finish() if step.finish_reason else "")
-            if not self._fillings[-1] and (not self._text or self._text[-1].isspace()):
-                waiting = waiting.lstrip()
-            shown = waiting.rstrip()
-            waiting = waiting[len(shown) :]
-            if shown and not self._fillings[-1] and self._goes_on and _are_words(self._text, shown):
-                yield from self._show(" ")
-            self._fillings[-1] += shown
-            yield from self._show(Filled(shown))
+            front, shown = self._filled.push(stop.push(text) + (stop.finish() if step.finish_reason else ""))
+            yield from _some(front)
+            yield from _some(Filled(shown))
             if stop.stopped:
                 reason = "stop"
                 break
@@ -148,9 +136,7 @@ class FillingStream(AnswerStream):
         left = self._room - sum(map(len, self._spans))
         limits = {
             "stop_ids": self._tokenizer.stop_ids,
-            "max_new_tokens": min(
-                self._choices.max_new_tokens or _LONGEST_TOKENS, left // (len(self._places) - number)
-            ),
+            "max_new_tokens": min(self._choices.max_new_tokens or LONGEST_TOKENS, left // (len(self._places) - number)),
             "cancel": self._cancel,
             "layout": layout,
         }
@@ -163,20 +149,16 @@ class FillingStream(AnswerStream):
         layout: InputLayout = self._model.input_layout(ids, ids.new_zeros(1))
         return layout
 
-    def _show(self, text: str) -> Iterator[str]:
-        self._text += text
-        if text:
-            yield text
-
     def _end(self) -> str:
-        answered = (Message("assistant", self._text),) if any(self._fillings) else ()
+        filled = self._filled
+        answered = (Message("assistant", filled.text),) if any(filled.fillings) else ()
         self._reply = Reply(
-            text=self._text,
+            text=filled.text,
             messages=(*self._messages, *answered),
             finish_reason=self._finish_reason,
             usage=TokenUsage(len(self._ids) + 1, len(self._seconds)),
             timings=self._timings(),
-            fillings=tuple(self._fillings),
+            fillings=tuple(filled.fillings),
         )
         return ""
 
@@ -233,12 +215,8 @@ def _text_of(messages: Sequence[Message]) -> str:
     return messages[-1].content
 
 
-def _own_text(tokenizer: Any, text: str, ids: Sequence[int], places: Sequence[int]) -> list[str]:
-    """What stands before, between and behind the blanks, as it was typed."""
-    parts = _BLANK.split(text) if _BLANK.search(text) else [text, ""]
-    if len(parts) == len(places) + 1:
-        return parts
-    # Blanks in a spelling of this tokenizer alone, as <mask>.
+def _between(tokenizer: Any, ids: Sequence[int], places: Sequence[int]) -> list[str]:
+    """The text before, between and behind the blanks, decoded."""
     edges = [-1, *places, len(ids)]
     hidden = {*tokenizer.stop_ids, *tokenizer.prefix_ids}
     return [
@@ -247,20 +225,5 @@ def _own_text(tokenizer: Any, text: str, ids: Sequence[int], places: Sequence[in
     ]
 
 
-def _room(model: Any, ids: Sequence[int], sop: int, blanks: int) -> int:
-    """Tokens that all fillings together may have."""
-    if sop in ids:
-        raise UsageError(f"the text has the mark that starts a filling (id {sop}) in it", hint="leave the mark out")
-    context = model.config.max_position_embeddings
-    room: int = context - len(ids) - blanks  # a sop for each
-    if room < blanks:
-        raise ContextLengthError(
-            f"the text has {len(ids):,} tokens; the model's context is {context:,} tokens, the fillings included",
-            hint="shorten the text, or fill it in parts",
-        )
-    return room
-
-
-def _are_words(before: str, after: str) -> bool:
-    """Whether two texts would run into each other as one word, in scripts that have blanks between words."""
-    return bool(re.fullmatch(r"[!-~]\w", before[-1:] + after[:1], re.ASCII))
+def _some(text: str) -> list[str]:
+    return [text] if text else []

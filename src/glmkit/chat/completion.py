@@ -10,8 +10,8 @@ from glmkit.chat.choices import Choices
 from glmkit.chat.messages import Message
 from glmkit.chat.templates import chat_format
 from glmkit.engine.decode import WAITING, CancelToken, stream
-from glmkit.engine.text import TextStream
 from glmkit.errors import ContextLengthError
+from glmkit.runtime.text import TextStream
 
 
 class CompletionStream(AnswerStream):

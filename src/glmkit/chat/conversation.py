@@ -16,13 +16,14 @@ from glmkit.chat.choices import Choices, choose, official_sampling
 from glmkit.chat.context import fit_context, reserve_tokens
 from glmkit.chat.messages import Message, to_messages
 from glmkit.chat.prompt_cache import PromptCache
-from glmkit.chat.reply import Delta, parse_reply
 from glmkit.chat.reply import ReplyStream as MessageStream
+from glmkit.chat.reply import parse_reply
 from glmkit.chat.templates import chat_format
 from glmkit.chat.tools import TOOLS_SENTENCE
 from glmkit.engine.decode import WAITING, CancelToken, Step, stream
 from glmkit.engine.sampling import SamplingOptions
-from glmkit.engine.text import StopText
+from glmkit.runtime.replies import Delta
+from glmkit.runtime.text import StopText
 
 __all__ = ["AnswerStream", "Reply", "ReplyStream", "Timings", "TokenUsage", "reply_to", "stream_reply"]
 

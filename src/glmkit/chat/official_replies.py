@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from glmkit.chat.blocks import Blocks
-from glmkit.chat.punctuation import full_width
 from glmkit.chat.templates import chat_format
 from glmkit.chat.tools import ToolCallError, parse_json_call, parse_tool_call
+from glmkit.runtime.punctuation import full_width
 
 
 def process_response(self: Any, output: str, history: Sequence[Any] | None = None) -> Any:

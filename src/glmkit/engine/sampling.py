@@ -117,6 +117,7 @@ def sample(
     rows: Sequence[int] | None = None,
     answer_tokens: Sequence[int] | None = None,
     allowed: Sequence[Tensor | None] | None = None,
+    with_logprobs: bool = True,
 ) -> Draw:
     """Chooses one token per row.
 
@@ -132,9 +133,11 @@ def sample(
         rows: The rows' numbers in the caller's batch, for messages; 0 … B-1 if None.
         answer_tokens: How many of each row's `previous_ids` are its answer; None: `step`.
         allowed: For each row the only tokens that may be chosen, (V,) bool, or None; None: no row is limited.
+        with_logprobs: Whether log-probabilities are wanted; a greedy choice takes half the time without.
 
     Returns:
-        The tokens, and their log-probability under the model itself: before penalty, bias, bans and filters.
+        The tokens, and their log-probability under the model itself: before penalty, bias, bans and filters. Without
+        log-probabilities that list is empty.
 
     Raises:
         GenerationError: A logit is NaN or +inf, or no token is left.
@@ -149,12 +152,14 @@ def sample(
             f"no token is left to choose from at step {step}: every one is banned", hint="ban fewer tokens"
         )
     ids = draw(*shortlist(scores, options), generators) if options.do_sample else _best(scores)
-    logprobs = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
-    # NaN and +inf anywhere in a row reach all its log-probabilities, so this one look at B numbers sees them all.
-    for row, logprob in enumerate(logprobs):
-        if not math.isfinite(logprob):
+    # NaN and +inf anywhere in a row reach all its log-probabilities, and win an argmax over all its logits: so one look
+    # at B numbers sees them all.
+    told = logits if not with_logprobs and not options.do_sample and scores is logits else logits.log_softmax(-1)
+    numbers = told.gather(-1, ids[:, None])[:, 0].tolist()
+    for row, number in enumerate(numbers):
+        if not math.isfinite(number):
             raise _not_finite(logits[row], row if rows is None else rows[row], step)
-    return Draw(ids, ids.tolist(), logprobs)
+    return Draw(ids, ids.tolist(), numbers if with_logprobs else [])
 
 
 def adjust(

@@ -1,36 +1,296 @@
 """ADGEN: write advertising copy from attribute lists, and score it as ChatGLM-6B's and ChatGLM2-6B's scripts do.
 
-Source: the metric recipe of ptuning/main.py of ChatGLM-6B and ChatGLM2-6B. What differs on purpose: labels are whole
-(the official script cuts them to the target length), and an empty text scores 0 and is counted instead of raising.
+What differs on purpose: labels are whole, questions are shortened inside their text, and an empty text scores 0 and is
+counted instead of raising. `preset="paper"` cuts as the official scripts do, for comparison with their figures:
+
+    prompt    the first `source_tokens` ids of the whole prompt, so a long one loses the mark of the answer
+    label     the first `max_new_tokens` - 2 ids of the text, decoded again (2 ids are the tokenizer's own)
+    answer    as many tokens as leave source_tokens + max_new_tokens + 1 with the prompt
+
+Source: ptuning/main.py of ChatGLM-6B and ChatGLM2-6B (behaviour, not code).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from glmkit.chat.official import decode_reply
-from glmkit.chat.templates import prompt_ids
-from glmkit.data.records import Record
+from glmkit.chat.templates import FORMATS, prompt_ids
+from glmkit.data.cutting import Limits, fit
+from glmkit.data.records import Record, read_records
 from glmkit.engine.decode import generate_batch
 from glmkit.engine.sampling import SamplingOptions, row_seed
 from glmkit.errors import DataError, MissingDependencyError, UsageError
+from glmkit.evaluate.results import Results
 from glmkit.evaluate.rouge import bleu_4, rouge_l, rouge_n, words_of
+from glmkit.evaluate.run import run
+from glmkit.evaluate.tasks import Figure, Row, Settings
+from glmkit.loading import Loaded
 from glmkit.writing import write_text_atomic
 
 METRICS = ("rouge-1", "rouge-2", "rouge-l", "bleu-4")
-_PREDICTIONS_FILE = "generated_predictions.txt"
-_IDENTITY_FILE = "evaluation.json"
-_HASHED_NUMBERS = 64  # of each tensor; a model that was trained or merged differs in the first ones too
-_BATCHES_PER_CHUNK = 8
+OFFICIAL_RESULTS_FILE = "predict_results.json"
+_ROWS_FILE = "generated_predictions.txt"
+_NEW_TOKENS = 256
+_PAPER_TOKENS = 64  # of the prompt, and of the answer: max_source_length and max_target_length of evaluate.sh
+_OWN_IDS = 2  # that the official tokenizers put around a label
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A record as it is asked.
+
+    Args:
+        prompt: Ids of the prompt.
+        label: The answer to compare with.
+        max_new_tokens: Longest answer.
+    """
+
+    prompt: list[int]
+    label: str
+    max_new_tokens: int
+
+
+class Adgen:
+    """The task `adgen`; see `glmkit.evaluate.tasks.Task`.
+
+    Args:
+        read: Gives the records.
+        options: How tokens are chosen.
+        max_new_tokens: Longest answer in tokens; None: 256, for the paper 64.
+        batch_size: Answers generated together.
+        source_tokens: Longest prompt; None: whole, for the paper 64.
+        paper: Whether to cut as the official scripts do.
+    """
+
+    name, rows_file = "adgen", _ROWS_FILE
+
+    def __init__(
+        self,
+        read: Callable[[], Sequence[Record]],
+        options: SamplingOptions,
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+        source_tokens: int | None = None,
+        paper: bool = False,
+    ) -> None:
+        self.batch_size = batch_size
+        self._read, self._options, self._paper = read, options, paper
+        self._new_tokens = max_new_tokens or (_PAPER_TOKENS if paper else _NEW_TOKENS)
+        self._source_tokens = source_tokens or (_PAPER_TOKENS if paper else None)
+        self._asked: list[Asked] = []
+        self._shortened = self._cut_labels = 0
+
+    def items(self, loaded: Loaded) -> Sequence[Asked]:
+        """Makes prompts of the records.
+
+        Args:
+            loaded: The model.
+
+        Raises:
+            DataError: Records are plain text, or the template alone is longer than `source_tokens`.
+            UsageError: The paper's cutting is not known for this model.
+            MissingDependencyError: jieba is not installed.
+        """
+        if find_spec("jieba") is None:  # before the answers are written, not after
+            raise MissingDependencyError("jieba", "evaluate")
+        tokenizer = chat_tokenizer(loaded)
+        records = self._read()
+        if not all(record.messages for record in records):
+            raise DataError("the records hold plain text, which asks nothing", hint="give questions with their answers")
+        self._shortened = self._cut_labels = 0
+        ask = self._as_official if self._paper else self._whole
+        self._asked = [ask(tokenizer, record) for record in records]
+        return self._asked
+
+    def answer(
+        self, loaded: Loaded, items: Sequence[Asked], first: int, progress: Callable[[int], None] | None = None
+    ) -> list[Row]:
+        """Writes answers.
+
+        Args:
+            loaded: The model.
+            items: A unit.
+            first: Number of its first item.
+            progress: Called with how many are done.
+
+        Returns:
+            `labels` and `predict` of each, as the official scripts call them.
+        """
+        tokenizer: Any = loaded.tokenizer
+        options = self._options
+        answers = generate_batch(
+            loaded.model,
+            [item.prompt for item in items],
+            options if options.seed is None else replace(options, seed=row_seed(options.seed, first)),
+            stop_ids=tokenizer.stop_ids,
+            max_new_tokens=max(item.max_new_tokens for item in items),
+            batch_size=self.batch_size,
+            progress=None if progress is None else lambda done, _: progress(done),
+        )
+        texts = [answer_text(tokenizer, ids[: item.max_new_tokens]) for item, ids in zip(items, answers)]
+        return [{"labels": item.label, "predict": text} for item, text in zip(items, texts)]
+
+    def figures(self, rows: Sequence[Row]) -> list[Figure]:
+        """Scores the answers.
+
+        Args:
+            rows: All of them.
+
+        Returns:
+            bleu-4, rouge-1, rouge-2, rouge-l.
+
+        Raises:
+            DataError: The labels are not those of the records, so the file was changed.
+        """
+        for number, (item, row) in enumerate(zip(self._asked, rows), start=1):
+            if row.get("labels") != item.label or not isinstance(row.get("predict"), str):
+                raise DataError(
+                    f"{_ROWS_FILE}:{number} holds no prediction for record {number} of this data",
+                    hint="choose another output folder, or delete this file",
+                )
+        scores = [score_pair(row["predict"], row["labels"]) for row in rows]
+        return [
+            Figure(name, [0.0 if one is None else one[name] / 100 for one in scores])
+            for name in sorted(METRICS)  # bleu-4 first: with rouge-2 it tells systems apart
+        ]
+
+    def notes(self, rows: Sequence[Row]) -> Mapping[str, Any]:
+        """Counts what has no interval: empty texts, and what was cut.
+
+        Args:
+            rows: All of them.
+        """
+        empty = sum(not row["predict"].strip() or not row["labels"].strip() for row in rows)
+        return {"empty": empty, "shortened": self._shortened, "labels_cut": self._cut_labels}
+
+    def _whole(self, tokenizer: Any, record: Record) -> Asked:
+        """The label whole, and the question shortened in its text if there is a limit."""
+        asked = record
+        if self._source_tokens is not None:
+            try:
+                asked = fit(tokenizer, record, Limits(source_tokens=self._source_tokens))[0]
+            except DataError as error:
+                hint = "raise data.max_source_length, or data.max_source_length=null"
+                raise DataError(error.message, hint=hint) from None
+        self._shortened += asked is not record
+        return Asked(prompt_ids(tokenizer, asked.prompt), record.answer, self._new_tokens)
+
+    def _as_official(self, tokenizer: Any, record: Record) -> Asked:
+        """Prompt and label cut as the scripts of the tokenizer's generation do."""
+        if tokenizer.generation not in (1, 2):
+            raise UsageError(
+                "evaluate.preset=paper cuts as the scripts of ChatGLM-6B and ChatGLM2-6B do; this model has none",
+                hint="leave the preset out",
+            )
+        assert self._source_tokens is not None
+        whole = prompt_ids(tokenizer, record.prompt)
+        prompt = whole[: self._source_tokens]
+        if tokenizer.generation == 1:  # what stands behind the text is put there after the cut
+            behind = tokenizer.prefix_ids
+            prompt = [*whole[: len(whole) - len(behind)][: self._source_tokens - len(behind)], *behind]
+        label = tokenizer.encode_text(record.answer)
+        kept = label[: max(0, self._new_tokens - _OWN_IDS)]
+        self._shortened += len(prompt) < len(whole)
+        self._cut_labels += len(kept) < len(label)
+        room = self._source_tokens + self._new_tokens + 1 - len(prompt)
+        return Asked(prompt, answer_text(tokenizer, kept), room)
+
+
+def make_adgen(data: str, how: Settings) -> Adgen:
+    """Makes the task `adgen`.
+
+    Args:
+        data: File of records.
+        how: batch_size, max_new_tokens, temperature, top_p, seed, limit, preset, columns, format, source_tokens.
+
+    Returns:
+        The task.
+
+    Raises:
+        UsageError: A setting is not known here.
+    """
+    how.only("adgen", "max_new_tokens", "temperature", "top_p", "seed", "preset", "columns", "format", "source_tokens")
+    if how.preset not in (None, "paper"):
+        raise UsageError(f"evaluate.preset={how.preset}, expected paper or nothing")
+    return Adgen(
+        lambda: read_asked(data, how),
+        SamplingOptions(temperature=how.temperature, top_p=how.top_p, seed=how.seed),
+        max_new_tokens=how.max_new_tokens,
+        batch_size=how.batch_size,
+        source_tokens=how.source_tokens,
+        paper=how.preset == "paper",
+    )
+
+
+def read_asked(data: str, how: Settings) -> list[Record]:
+    """Reads the records of a task, with the columns and the limit of its settings.
+
+    Args:
+        data: The file.
+        how: Its columns, format and limit.
+
+    Returns:
+        The records.
+
+    Raises:
+        DataError: The file cannot be used.
+    """
+    return read_records(
+        data,
+        format=how.format,
+        prompt_column=how.columns.get("prompt", "content"),
+        response_column=how.columns.get("response", "summary"),
+        history_column=how.columns.get("history"),
+        limit=how.limit,
+    )
+
+
+def chat_tokenizer(loaded: Loaded) -> Any:
+    """Gives the tokenizer of a model that chats.
+
+    Args:
+        loaded: The model.
+
+    Raises:
+        UsageError: It does not, or has no tokenizer.
+    """
+    if loaded.tokenizer is None or loaded.tokenizer.generation not in FORMATS:
+        raise UsageError(
+            f"{loaded.path} is no chat model, and questions are asked as in a chat",
+            hint="choose a ChatGLM or GLM-4; a model that fills blanks takes a text with [MASK] in it: glm chat",
+        )
+    return loaded.tokenizer
+
+
+def official_results(results: Results, folder: str | Path | None) -> dict[str, Any]:
+    """Writes predict_results.json, as the official scripts do.
+
+    Args:
+        results: What has been measured.
+        folder: Where it is written; None: nowhere.
+
+    Returns:
+        What it holds: predict_rouge-1, predict_rouge-2, predict_rouge-l, predict_bleu-4, predict_samples,
+        predict_empty, predict_runtime (seconds), predict_samples_per_second.
+    """
+    found = {
+        **{f"predict_{name}": round(results.figures[name].value or 0.0, 4) for name in METRICS},
+        "predict_samples": results.items,
+        "predict_empty": results.notes["empty"],
+        "predict_runtime": round(results.seconds, 2),
+        "predict_samples_per_second": results.items_per_second,
+    }
+    if folder is not None:
+        write_text_atomic(Path(folder) / OFFICIAL_RESULTS_FILE, json.dumps(found, indent=4) + "\n")
+    return found
 
 
 def score(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
@@ -82,13 +342,13 @@ def evaluate_adgen(
     records: Sequence[Record],
     *,
     options: SamplingOptions,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = _NEW_TOKENS,
     batch_size: int = 8,
     output_dir: str | Path,
     progress: Callable[[int, int], None] | None = None,
     limit: int | None = None,
     identity: Mapping[str, Any] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Generate an answer for every record, score them, and write both as the official scripts do.
 
     Predictions are written as they come, so a run that was cut continues where it stopped when called again with the
@@ -101,64 +361,24 @@ def evaluate_adgen(
         options: How tokens are chosen; temperature 0 is greedy.
         max_new_tokens: Longest answer in tokens.
         batch_size: Answers generated together.
-        output_dir: Folder for generated_predictions.txt (a line of JSON with labels and predict for each record) and
-            predict_results.json; evaluation.json beside them says what they belong to.
+        output_dir: Folder for generated_predictions.txt (a line of JSON with labels and predict for each record),
+            predict_results.json and results.json; evaluation.json beside them says what they belong to.
         progress: Called with the number of records done and of all records.
         limit: Use only the first records.
         identity: What else a continued run must have in common with the first, as plain values, for instance the names
             of model and adapter. Weights, config, records and options are compared in any case.
 
     Returns:
-        What predict_results.json holds: predict_rouge-1, predict_rouge-2, predict_rouge-l, predict_bleu-4,
-        predict_samples, predict_empty, predict_runtime (seconds, of this call), predict_samples_per_second.
+        What predict_results.json holds, see `official_results`.
 
     Raises:
         DataError: If the folder holds predictions of another model, or for other records or options.
     """
-    records = records[:limit]
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = output_dir / _PREDICTIONS_FILE
-    own = {
-        "weights": _weights_hash(model),
-        "records": _records_hash(records),
-        "options": asdict(options),
-        "max_new_tokens": max_new_tokens,
-    }
-    _check_identity(output_dir, {**(identity or {}), **own})
-    predictions = _earlier_predictions(file, records, batch_size * _BATCHES_PER_CHUNK)
-    already = len(predictions)
-    started = time.monotonic()
-    # Chunks of several batches: long enough to sort by length, short enough to lose little when cut.
-    chunk = batch_size * _BATCHES_PER_CHUNK
-    with open(file, "a", encoding="utf-8") as lines:
-        for start in range(already, len(records), chunk):
-            members = records[start : start + chunk]
-            answers = generate_batch(
-                model,
-                [prompt_ids(tokenizer, record.prompt) for record in members],
-                options if options.seed is None else replace(options, seed=row_seed(options.seed, start)),
-                stop_ids=tokenizer.stop_ids,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                progress=None if progress is None else _shifted(progress, start, len(records)),
-            )
-            for record, ids in zip(members, answers):
-                predictions.append(answer_text(tokenizer, ids))
-                row = {"labels": record.answer, "predict": predictions[-1]}
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-            lines.flush()
-    seconds = time.monotonic() - started
-    scores = score(predictions, [record.answer for record in records])
-    results = {
-        **{f"predict_{name}": round(scores[name], 4) for name in METRICS},
-        "predict_samples": len(records),
-        "predict_empty": int(scores["empty"]),
-        "predict_runtime": round(seconds, 2),
-        "predict_samples_per_second": round((len(records) - already) / seconds, 3) if seconds > 0 else 0.0,
-    }
-    (output_dir / "predict_results.json").write_text(json.dumps(results, indent=4) + "\n")
-    return results
+    loaded = Loaded(model, tokenizer, None, model.config, Path(str(model.config._name_or_path)))
+    task = Adgen(lambda: records[:limit], options, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    settings = {"options": asdict(options), "max_new_tokens": max_new_tokens, "seed": options.seed}
+    results = run(task, loaded, output_dir, settings=settings, identity=identity, progress=progress)
+    return official_results(results, output_dir)
 
 
 def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -173,81 +393,6 @@ def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
         that the model's vocabulary is padded with decode to nothing.
     """
     return decode_reply(tokenizer, ids).strip()
-
-
-def _check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Note what the predictions in a folder belong to, or compare it with what was noted."""
-    file = folder / _IDENTITY_FILE
-    now = json.loads(json.dumps(identity, default=str))
-    if not (folder / _PREDICTIONS_FILE).exists():
-        write_text_atomic(file, json.dumps(now, ensure_ascii=False, indent=1) + "\n")
-        return
-    try:
-        before = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise DataError(
-            f"{folder} holds predictions, and no {_IDENTITY_FILE} that says of which model",
-            hint="choose another output folder",
-        ) from None
-    differences = [
-        f"  - {key}: {before.get(key)!r} then, {now.get(key)!r} now"
-        for key in dict.fromkeys([*now, *before])
-        if before.get(key) != now.get(key)
-    ]
-    if differences:
-        raise DataError(
-            f"the predictions in {folder} were made differently ({_IDENTITY_FILE}):\n" + "\n".join(differences),
-            hint="choose another output folder",
-        )
-
-
-def _records_hash(records: Sequence[Record]) -> str:
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(json.dumps([asdict(message) for message in record.messages]).encode())
-    return digest.hexdigest()[:16]
-
-
-def _weights_hash(model: Any) -> str:
-    """Stands for config and weights: names, sizes, dtypes and the first numbers of all tensors, so no long reading."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        first = tensor.detach().reshape(-1)[:_HASHED_NUMBERS].cpu()
-        digest.update(first.contiguous().view(torch.uint8).numpy().tobytes())
-    digest.update(model.config.to_json_string().encode())
-    return digest.hexdigest()[:16]
-
-
-def _earlier_predictions(file: Path, records: Sequence[Record], chunk: int) -> list[str]:
-    """Read what an earlier, cut run has written for these records, without a last chunk that is not whole.
-
-    Whole chunks only, so that a seed gives the same answers whether the run was cut or not.
-    """
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    if len(lines) < len(records):
-        lines = lines[: len(lines) - len(lines) % chunk]
-    predictions = []
-    for number, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            label, prediction = row["labels"], str(row["predict"])
-        except (ValueError, KeyError, TypeError):
-            label = prediction = None
-        if prediction is None or number >= len(records) or label != records[number].answer:
-            raise DataError(
-                f"{file}:{number + 1} holds no prediction for record {number + 1} of this data",
-                hint="choose another output folder, or delete this file",
-            )
-        predictions.append(prediction)
-    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return predictions
-
-
-def _shifted(progress: Callable[[int, int], None], start: int, total: int) -> Callable[[int, int], None]:
-    return lambda done, _: progress(start + done, total)
 
 
 def _segment(text: str) -> list[str]:

@@ -9,9 +9,10 @@ A task knows nothing of files that are written, of cut runs and of other process
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
+from glmkit.errors import UsageError
 from glmkit.loading import Loaded
 
 Row = dict[str, Any]
@@ -127,3 +128,22 @@ class Settings:
     format: str = "auto"
     source_tokens: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def only(self, task: str, *known: str) -> None:
+        """Refuses settings that a task does not know; `batch_size` and `limit` are known to all.
+
+        Args:
+            task: Its name.
+            *known: Names of the fields that it looks at.
+
+        Raises:
+            UsageError: Another one has been changed.
+        """
+        own = Settings()
+        for one in fields(self):
+            changed = getattr(self, one.name) != getattr(own, one.name)
+            if changed and one.name not in (*known, "batch_size", "limit"):
+                raise UsageError(
+                    f"the task {task} has no setting {one.name}, and it is {getattr(self, one.name)!r}",
+                    hint=f"it knows batch_size, limit{''.join(f', {name}' for name in known)}",
+                )

@@ -13,20 +13,28 @@ and where the dialogue answers in text, a call is counted as false.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from glmkit.chat.messages import Message
+from glmkit.chat.official import decode_reply
 from glmkit.chat.reply import parse_reply
 from glmkit.chat.templates import chat_format, prompt_ids
 from glmkit.chat.tools import ToolCallError, documented_tools
 from glmkit.data.records import Record
 from glmkit.engine.decode import generate_batch
-from glmkit.engine.sampling import SamplingOptions
+from glmkit.engine.sampling import SamplingOptions, row_seed
 from glmkit.errors import DataError
+from glmkit.evaluate.adgen import chat_tokenizer, read_asked
+from glmkit.evaluate.results import Results, interval
+from glmkit.evaluate.tasks import Figure, Row, Settings
+from glmkit.loading import Loaded
 
 _GREEDY = SamplingOptions(temperature=0.0)
+_NEW_TOKENS = 256
+_SHARES = ("called", "formed", "right", "exact", "false")
 
 
 @dataclass(frozen=True)
@@ -75,18 +83,181 @@ def turns(tokenizer: Any, records: Sequence[Record]) -> list[Turn]:
     return found
 
 
+@dataclass(frozen=True)
+class AskedTurn:
+    """A turn as it is asked.
+
+    Args:
+        turn: The turn.
+        prompt: Ids of the dialogue before it.
+        fits: Whether the model's context has room for it and a reply.
+    """
+
+    turn: Turn
+    prompt: list[int]
+    fits: bool
+
+
+class ToolCalls:
+    """The task `tools`; see `glmkit.evaluate.tasks.Task`.
+
+    Args:
+        read: Gives the dialogues.
+        options: How tokens are chosen.
+        max_new_tokens: Longest reply in tokens; None: 256.
+        batch_size: Replies written together.
+    """
+
+    name, rows_file = "tools", "predictions.jsonl"
+
+    def __init__(
+        self,
+        read: Callable[[], Sequence[Record]],
+        options: SamplingOptions = _GREEDY,
+        *,
+        max_new_tokens: int | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        self.batch_size = batch_size
+        self._read, self._options, self._new_tokens = read, options, max_new_tokens or _NEW_TOKENS
+
+    def items(self, loaded: Loaded) -> Sequence[AskedTurn]:
+        """Lists the turns of the assistant.
+
+        Args:
+            loaded: The model.
+
+        Raises:
+            DataError: No dialogue has tools, or all are too long.
+            UsageError: The model has no chat format.
+        """
+        tokenizer = chat_tokenizer(loaded)
+        room = loaded.config.max_position_embeddings - self._new_tokens
+        asked = []
+        for turn in turns(tokenizer, self._read()):
+            ids = prompt_ids(tokenizer, turn.prompt)
+            asked.append(AskedTurn(turn, ids, len(ids) <= room))
+        if not any(one.fits for one in asked):
+            what = f"the model's context minus {self._new_tokens} tokens"
+            raise DataError(f"all {len(asked)} prompts are longer than {what}")
+        return asked
+
+    def answer(
+        self, loaded: Loaded, items: Sequence[AskedTurn], first: int, progress: Callable[[int], None] | None = None
+    ) -> list[Row]:
+        """Writes replies and judges them.
+
+        Args:
+            loaded: The model.
+            items: A unit.
+            first: Number of its first item.
+            progress: Called with how many are done.
+
+        Returns:
+            `where` the dialogue came from, what was `wanted` (the call's name and arguments, none: text), the `reply`
+            as text, what it `counts` as, and whether the prompt was `too_long`.
+        """
+        options = self._options
+        fitting = [number for number, item in enumerate(items) if item.fits]
+        replies = generate_batch(
+            loaded.model,
+            [items[number].prompt for number in fitting],
+            options if options.seed is None else replace(options, seed=row_seed(options.seed, first)),
+            stop_ids=loaded.tokenizer.stop_ids,  # type: ignore[union-attr]
+            max_new_tokens=self._new_tokens,
+            batch_size=self.batch_size,
+            progress=None if progress is None else lambda done, _: progress(done),
+        )
+        written = dict(zip(fitting, replies))
+        return [self._row(loaded.tokenizer, item, written.get(number)) for number, item in enumerate(items)]
+
+    def _row(self, tokenizer: Any, item: AskedTurn, ids: Sequence[int] | None) -> Row:
+        turn = item.turn
+        return {
+            "where": turn.where,
+            "wanted": None if turn.name is None else {"name": turn.name, "arguments": turn.arguments},
+            "reply": "" if ids is None else decode_reply(tokenizer, ids),
+            "counts": [] if ids is None else judge(tokenizer, turn, ids),
+            "too_long": ids is None,
+        }
+
+    def figures(self, rows: Sequence[Row]) -> list[Figure]:
+        """Shares of the turns that call a tool, and of those that answer in text.
+
+        Args:
+            rows: All of them.
+
+        Returns:
+            exact, right, formed and called of the former; false of the latter.
+        """
+        calls = [float(row["wanted"] is not None and not row["too_long"]) for row in rows]
+        texts = [float(row["wanted"] is None and not row["too_long"]) for row in rows]
+        figures = [
+            Figure(name, [float(name in row["counts"]) for row in rows], weights=calls)
+            for name in ("exact", "right", "formed", "called")
+        ]
+        false = [float("false" in row["counts"]) for row in rows]
+        return [*figures, Figure("false", false, weights=texts, better="less")]
+
+    def notes(self, rows: Sequence[Row]) -> Mapping[str, Any]:
+        """How many turns there are of each kind, and how many were too long to be asked.
+
+        Args:
+            rows: All of them.
+        """
+        asked = [row for row in rows if not row["too_long"]]
+        calls = sum(row["wanted"] is not None for row in asked)
+        return {"call_turns": calls, "text_turns": len(asked) - calls, "too_long": len(rows) - len(asked)}
+
+
+def make_tools(data: str, how: Settings) -> ToolCalls:
+    """Makes the task `tools`.
+
+    Args:
+        data: File of dialogues with tools.
+        how: batch_size, max_new_tokens, temperature, top_p, seed, limit (turns), columns, format.
+
+    Returns:
+        The task.
+
+    Raises:
+        UsageError: A setting is not known here.
+    """
+    how.only("tools", "max_new_tokens", "temperature", "top_p", "seed", "columns", "format")
+    return ToolCalls(
+        lambda: read_asked(data, replace(how, limit=None)),  # the limit is of turns
+        SamplingOptions(temperature=how.temperature, top_p=how.top_p, seed=how.seed),
+        max_new_tokens=how.max_new_tokens,
+        batch_size=how.batch_size,
+    )
+
+
+def tool_results(results: Results) -> dict[str, Any]:
+    """What tool_call_results.json holds.
+
+    Args:
+        results: What has been measured.
+
+    Returns:
+        call_turns, text_turns and too_long; called, formed, right and exact in percent of call_turns; false in percent
+        of text_turns.
+    """
+    shares = {name: round(results.figures[name].value or 0.0, 2) for name in _SHARES}
+    return {**results.notes, **shares}
+
+
 def evaluate_tool_calls(
     model: Any,
     tokenizer: Any,
     records: Sequence[Record],
     *,
     options: SamplingOptions = _GREEDY,
-    max_new_tokens: int = 256,
+    max_new_tokens: int = _NEW_TOKENS,
     batch_size: int = 8,
     limit: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
-    """Ask for every turn and count the calls.
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Ask for every turn and count the calls, in this process and without files.
 
     Args:
         model: The model, in eval mode.
@@ -96,39 +267,19 @@ def evaluate_tool_calls(
         max_new_tokens: Longest reply in tokens.
         batch_size: Replies written together.
         limit: Use only the first turns.
-        progress: Called with the number of turns done and of all turns.
+        progress: Called with the number of turns done.
 
     Returns:
-        call_turns and text_turns; called, formed, right and exact in percent of call_turns; false in percent of
-        text_turns; too_long, how many turns were left out because the prompt and a reply exceed the model's context.
+        As `tool_results`.
 
     Raises:
         DataError: No dialogue has tools, or all are too long.
     """
-    asked = turns(tokenizer, records)[:limit]
-    prompts = [prompt_ids(tokenizer, turn.prompt) for turn in asked]
-    room = model.config.max_position_embeddings - max_new_tokens
-    fitting = [number for number, ids in enumerate(prompts) if len(ids) <= room]
-    if not fitting:
-        raise DataError(f"all {len(asked)} prompts are longer than the model's context minus {max_new_tokens} tokens")
-    replies = generate_batch(
-        model,
-        [prompts[number] for number in fitting],
-        options,
-        stop_ids=tokenizer.stop_ids,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    counted = {"called": 0, "formed": 0, "right": 0, "exact": 0, "false": 0}
-    calls = sum(asked[number].name is not None for number in fitting)
-    for number, ids in zip(fitting, replies):
-        for name in judge(tokenizer, asked[number], ids):
-            counted[name] += 1
-    texts = len(fitting) - calls
-    shares = {name: _percent(counted[name], calls) for name in ("called", "formed", "right", "exact")}
-    counts = {"call_turns": calls, "text_turns": texts, "too_long": len(asked) - len(fitting)}
-    return {**counts, **shares, "false": _percent(counted["false"], texts)}
+    task = ToolCalls(lambda: records, options, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    loaded = Loaded(model, tokenizer, None, model.config, Path())
+    rows = task.answer(loaded, task.items(loaded)[:limit], 0, progress)
+    values = {figure.name: interval(figure, samples=1).value or 0.0 for figure in task.figures(rows)}
+    return {**task.notes(rows), **{name: round(values[name], 2) for name in _SHARES}}
 
 
 def judge(tokenizer: Any, turn: Turn, ids: Sequence[int]) -> list[str]:
@@ -180,7 +331,3 @@ def _call(tokenizer: Any, messages: Sequence[Message]) -> tuple[str | None, dict
         return last.metadata, form.read_call(last.content)
     except ToolCallError:
         return last.metadata, None
-
-
-def _percent(part: int, whole: int) -> float:
-    return round(100 * part / whole, 2) if whole else 0.0

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from glmkit.errors import TokenizerError
-from glmkit.tokenizers.glm_vocabularies import byte_letters
+from glmkit.runtime.vocabulary import byte_letters
 
 _UNKNOWN = "\ufffd"
 _NAMES = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "eos", "pad", "ENC")

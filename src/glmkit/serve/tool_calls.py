@@ -20,8 +20,8 @@ from typing import Any
 
 from glmkit.chat.answers import Reply
 from glmkit.chat.messages import Message
-from glmkit.chat.reply import MAX_HEADER_CHARACTERS
 from glmkit.chat.tools import MAX_DEPTH, ToolCallError, parse_json_call
+from glmkit.runtime.replies import MAX_HEADER_CHARACTERS
 from glmkit.serve.failures import refusal
 from glmkit.serve.shapes import (
     AssistantMessage,

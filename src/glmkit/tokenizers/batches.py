@@ -1,4 +1,4 @@
-"""Lists of ids: their length, masks, positions and padding; texts that cannot become ids; and decoded text."""
+"""Lists of ids: their length, masks, positions and padding; and decoded text."""
 
 from __future__ import annotations
 
@@ -7,31 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from glmkit.errors import TokenizerError, UsageError
-
-
-def refuse_surrogates(text: object, where: str = "the text") -> None:
-    """Refuses text that is not valid Unicode.
-
-    Args:
-        text: A string, or strings in lists and tuples; anything else passes.
-        where: What the message calls the string.
-
-    Raises:
-        TokenizerError: A string has a lone surrogate; the message says which and where.
-    """
-    if isinstance(text, str):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"{where} has the lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: "
-                "half a character, which cannot be encoded",
-                hint="decode the text with its right encoding, or drop them: text.encode('utf-8', 'ignore').decode()",
-            ) from None
-    elif isinstance(text, (list, tuple)):
-        for number, one in enumerate(text):
-            refuse_surrogates(one, f"text {number}" if isinstance(text, list) else where)
+from glmkit.errors import UsageError
 
 
 def to_lists(value: Any) -> Any:

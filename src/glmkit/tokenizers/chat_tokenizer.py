@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models
 
 from glmkit.errors import TokenizerError
 from glmkit.hf import BatchEncoding, TokenizersBackend
-from glmkit.tokenizers.batches import ones_like, pad_like, positions, refuse_surrogates, tensor_type, to_lists
+from glmkit.runtime.vocabulary import refuse_surrogates
+from glmkit.tokenizers.batches import ones_like, pad_like, positions, tensor_type, to_lists
 from glmkit.tokenizers.folder import (
     CONFIG_FILE,
     HUB_ARGUMENTS,
@@ -52,6 +53,9 @@ class ChatTokenizer(TokenizersBackend):
     Raises:
         TokenizerError: The side or the length is none.
 
+    Attributes:
+        plain: As given; it keeps no state between calls.
+
     Class variables:
         generation: 1 to 4, which also names the chat format.
         file_name: Official name of the vocabulary's file.
@@ -78,7 +82,7 @@ class ChatTokenizer(TokenizersBackend):
         own = self.backend_tokenizer
         for part in ("model", "normalizer", "pre_tokenizer", "decoder", "post_processor"):
             setattr(own, part, getattr(plain, part))
-        self._plain = plain  # keeps no state between calls, while the base class's own remembers truncation
+        self.plain = plain  # keeps no state between calls, while the base class's own remembers truncation
         self._data = data
         self.vocab_file = str(vocab_file)
 
@@ -233,7 +237,7 @@ class ChatTokenizer(TokenizersBackend):
             TokenizerError: The text has a lone surrogate.
         """
         refuse_surrogates(text)
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.plain.encode(text, add_special_tokens=False).ids
         return ids
 
     def tokenize(

@@ -28,9 +28,10 @@ from tokenizers import Tokenizer, models
 
 from glmkit.errors import TokenizerError, UsageError
 from glmkit.hf import BatchEncoding
-from glmkit.tokenizers.batches import clean_up, cut_pair, prefix_places, refuse_surrogates, tensor_type, to_lists
+from glmkit.runtime.control import Command, Control
+from glmkit.runtime.vocabulary import refuse_surrogates
+from glmkit.tokenizers.batches import clean_up, cut_pair, prefix_places, tensor_type, to_lists
 from glmkit.tokenizers.chat_tokenizer import ChatTokenizer, TokenIdError
-from glmkit.tokenizers.glm_control import Command, Control
 from glmkit.tokenizers.ice_text import CONTROL_TOKENS, MODEL_FILE, IceText, image_tokens_of
 from glmkit.tokenizers.view import IceTextView
 
@@ -74,7 +75,7 @@ class ChatGLM1Tokenizer(ChatTokenizer):
             raise TokenizerError(f"{path} is {MODEL_FILE} of ChatGLM-6B, which is generation 1, not {generation!r}")
         text = IceText(path)
         image_tokens = image_tokens_of(path.parent, num_image_tokens, text.ids)
-        self._text = text = IceText(path, image_tokens) if image_tokens else text
+        self.text = text = IceText(path, image_tokens) if image_tokens else text
         names = ("<unk>", "<s>", "</s>", "<pad>", *CONTROL_TOKENS)
         self.special_tokens = {name: text.ids[name] for name in names}
         parsed = (Command(name, name, self.special_tokens[name], eats="both") for name in _PARSED)
@@ -119,10 +120,10 @@ class ChatGLM1Tokenizer(ChatTokenizer):
     @property
     def vocab_size(self) -> int:
         """One more than the highest id; the model's vocabulary is padded beyond it."""
-        return len(self._text)
+        return len(self.text)
 
     def __len__(self) -> int:
-        return len(self._text)
+        return len(self.text)
 
     def get_vocab(self) -> dict[str, int]:
         """Gives the whole vocabulary, image tokens as `<image_0>`, `<image_1>` and so on.
@@ -130,7 +131,7 @@ class ChatGLM1Tokenizer(ChatTokenizer):
         Returns:
             Piece -> id.
         """
-        return {f"<image_{index}>": index for index in range(self.num_image_tokens)} | self._text.ids
+        return {f"<image_{index}>": index for index in range(self.num_image_tokens)} | self.text.ids
 
     @property
     def prefix_ids(self) -> list[int]:
@@ -155,12 +156,12 @@ class ChatGLM1Tokenizer(ChatTokenizer):
             TokenIdError: An id behind the vocabulary.
         """
         self._check(index)
-        return self._text.piece(index)
+        return self.text.piece(index)
 
     def _check(self, index: int) -> None:
-        if not 0 <= index < len(self._text):
+        if not 0 <= index < len(self.text):
             raise TokenIdError(
-                f"token id {index} is out of range: ChatGLM-6B's tokenizer has {len(self._text)} ids, "
+                f"token id {index} is out of range: ChatGLM-6B's tokenizer has {len(self.text)} ids, "
                 "the model's vocabulary is padded beyond them"
             )
 
@@ -174,8 +175,8 @@ class ChatGLM1Tokenizer(ChatTokenizer):
             One id or several; what is no piece has that of <unk>.
         """
         if tokens is None or isinstance(tokens, str):
-            return None if tokens is None else self._text.piece_id(tokens)
-        return [self._text.piece_id(token) for token in tokens]
+            return None if tokens is None else self.text.piece_id(tokens)
+        return [self.text.piece_id(token) for token in tokens]
 
     # --- text to ids ---
 
@@ -192,7 +193,7 @@ class ChatGLM1Tokenizer(ChatTokenizer):
             TokenizerError: The text has a lone surrogate.
         """
         refuse_surrogates(text)
-        return self._text.encode(text)
+        return self.text.encode(text)
 
     def encode_with_masks(self, text: str) -> list[int]:
         """Encodes text in which `<sop> <eop> [MASK] <pad> <unk>` mean the tokens; adds nothing.
@@ -208,7 +209,7 @@ class ChatGLM1Tokenizer(ChatTokenizer):
         """
         refuse_surrogates(text)
         parts = self._control.split(text)
-        return [index for part in parts for index in ([part] if isinstance(part, int) else self._text.encode(part))]
+        return [index for part in parts for index in ([part] if isinstance(part, int) else self.text.encode(part))]
 
     def tokenize(
         self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
@@ -446,7 +447,7 @@ class ChatGLM1Tokenizer(ChatTokenizer):
         kept = [index for index in ids if index != self.pad_token_id]
         for index in kept:
             self._check(index)
-        return self._text.decode(kept)
+        return self.text.decode(kept)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Joins pieces to text.

@@ -27,7 +27,7 @@ from glmkit.errors import TokenizerError, UsageError
 from glmkit.hf import BatchEncoding
 from glmkit.tokenizers.chat_tokenizer import ChatTokenizer, TokenIdError
 from glmkit.tokenizers.folder import MODEL_FILE, decide_generation
-from glmkit.tokenizers.sentencepiece_bpe import PieceDecoder, build_tokenizer, read_pieces
+from glmkit.tokenizers.sentencepiece_bpe import build_tokenizer, piece_table, read_pieces
 from glmkit.tokenizers.view import SentencePieceView
 
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
@@ -79,9 +79,9 @@ class ChatGLMTokenizer(ChatTokenizer):
             single="[gMASK] sop $A", pair="[gMASK] sop $A $B </s>", special_tokens=[*prefix, ("</s>", 2)]
         )
         super().__init__(path, pieces.data, plain, padding_side, **kwargs)
-        self._pieces = pieces
+        self.pieces = pieces
         # Generation 2 decodes control ids to nothing, generation 3 to their names.
-        self._decoder = PieceDecoder(pieces, control if self.generation == 3 else [""] * len(control))
+        self._decoder = piece_table(pieces, control if self.generation == 3 else [""] * len(control))
         self.tokenizer = SentencePieceView(self, len(pieces), control, pieces.data)
         self.special_tokens = {"<bos>": 1, "<eos>": 2, "<pad>": 0, "<unk>": 0}
         self.encode_special_tokens = encode_special_tokens
@@ -153,8 +153,8 @@ class ChatGLMTokenizer(ChatTokenizer):
         """
         if self._outside(index) or index <= 2:
             return ""
-        if index < len(self._pieces):
-            return self._pieces.texts[index]
+        if index < len(self.pieces):
+            return self.pieces.texts[index]
         return "" if self.generation == 2 else self.tokenizer.index_special_tokens[index]
 
     def _outside(self, index: int) -> bool:
@@ -206,7 +206,7 @@ class ChatGLMTokenizer(ChatTokenizer):
         Returns:
             The text; a string that is no piece stands for itself.
         """
-        ids = [index for token in tokens if (index := self._plain.token_to_id(token)) is not None]
+        ids = [index for token in tokens if (index := self.plain.token_to_id(token)) is not None]
         if len(ids) == sum(map(bool, tokens)):
             return self.decode_ids(ids)
         return "".join(tokens).replace("▁", " ")

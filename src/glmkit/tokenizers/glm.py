@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from glmkit.errors import TokenizerError, UsageError
+from glmkit.runtime.control import Command
 from glmkit.tokenizers.folder import CONFIG_FILE, read_config
-from glmkit.tokenizers.glm_control import Command
 from glmkit.tokenizers.glm_files import find_file
 from glmkit.tokenizers.glm_tokenizer import GLMTokenizer, Style
 from glmkit.tokenizers.glm_vocabularies import BytePieces, SentencePieces, WordPieces, read_file
@@ -74,7 +74,7 @@ class GLMBertTokenizer(GLMTokenizer):
             yield Command(command.name, "[PAD]" if padding else command.token, command.index, eats=command.eats)
 
     def _numbers(self) -> dict[str, int]:
-        ids, count = self._vocabulary.tokens.index, len(self._vocabulary.tokens)
+        ids, count = self.vocabulary.tokens.index, len(self.vocabulary.tokens)
         own = {"pad": "[PAD]", "ENC": "[CLS]", "MASK": "[MASK]", "unk": "[UNK]", "sep": "[SEP]", "eos": "[PAD]"}
         numbers = {name: ids(token) for name, token in own.items()}
         return numbers | {"sop": count, "eop": count + 1} | self._behind(count + 2)
@@ -128,8 +128,8 @@ class GLMGPT2Tokenizer(GLMTokenizer):
             yield command
 
     def _numbers(self) -> dict[str, int]:
-        count = len(self._vocabulary.tokens)
-        end = self._vocabulary.tokens.index("<|endoftext|>")
+        count = len(self.vocabulary.tokens)
+        end = self.vocabulary.tokens.index("<|endoftext|>")
         new = ("sop", "eop", "ENC", "MASK", "sep", "unk")
         numbers = {"pad": end, "eos": end} | {name: count + offset for offset, name in enumerate(new)}
         return numbers | self._behind(count + len(new))
@@ -172,8 +172,8 @@ class GLMRobertaTokenizer(GLMTokenizer):
         return {"[MASK]": "MASK"} if self.style == "hf" else {}
 
     def _numbers(self) -> dict[str, int]:
-        count = len(self._vocabulary.tokens)
-        numbers = {name: self._vocabulary.tokens.index(token) for name, token in self._own.items()}
+        count = len(self.vocabulary.tokens)
+        numbers = {name: self.vocabulary.tokens.index(token) for name, token in self._own.items()}
         return numbers | {"sop": count, "eop": count + 1} | self._behind(count + 2)
 
     def build_inputs_with_special_tokens(
@@ -227,7 +227,7 @@ class GLMChineseTokenizer(GLMTokenizer):
         super().__init__(SentencePieces(Path(vocab_file)), style, **kwargs)
 
     def _numbers(self) -> dict[str, int]:
-        count = len(self._vocabulary.tokens)
+        count = len(self.vocabulary.tokens)
         numbers = {"pad": count, "eos": count, "sep": count + 1, "ENC": count + 2, "MASK": count + 3, "unk": count + 4}
         numbers |= {"sop": count + 6, "eop": count + 7}
         behind = self._behind(count + (8 if self.fix_command_token else 7))

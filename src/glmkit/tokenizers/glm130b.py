@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from glmkit.errors import TokenizerError
-from glmkit.tokenizers.batches import refuse_surrogates
+from glmkit.runtime.vocabulary import refuse_surrogates
 from glmkit.tokenizers.folder import CONFIG_FILE, HUB_ARGUMENTS, find_model_file, folder_to_save_in, read_config
 from glmkit.tokenizers.ice_text import MODEL_FILE, IceText
 from glmkit.writing import write_bytes_atomic, write_text_atomic
@@ -59,16 +59,16 @@ class GLM130BTokenizer:
         if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int) or num_image_tokens < 0:
             raise TokenizerError(f"num_image_tokens={num_image_tokens!r}: expected a whole number, {IMAGE_TOKENS:,}")
         self.vocab_file = os.fspath(vocab_file)
-        self._text = IceText(Path(vocab_file), num_image_tokens)
+        self.text = IceText(Path(vocab_file), num_image_tokens)
         self.num_image_tokens = num_image_tokens
-        self._commands = {command: self._text.ids[piece] for command, piece in _PIECES.items()}
+        self._commands = {command: self.text.ids[piece] for command, piece in _PIECES.items()}
 
     # --- vocabulary ---
 
     @property
     def vocab_size(self) -> int:
         """One more than the highest id; the model's vocabulary is padded beyond it."""
-        return len(self._text)
+        return len(self.text)
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -132,7 +132,7 @@ class GLM130BTokenizer:
             TokenizerError: The text has a lone surrogate.
         """
         refuse_surrogates(text)
-        return self._text.encode(text)
+        return self.text.encode(text)
 
     def encode(self, text: str) -> list[int]:
         """Encodes text in which [MASK], [gMASK] and [sMASK] mean what they say; adds nothing.
@@ -179,7 +179,7 @@ class GLM130BTokenizer:
         Returns:
             The text.
         """
-        return self._text.decode([index for index in ids if self.num_image_tokens <= index < len(self._text)])
+        return self.text.decode([index for index in ids if self.num_image_tokens <= index < len(self.text)])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turns ids into text: the usual name of `decode_ids`.
@@ -230,6 +230,6 @@ class GLM130BTokenizer:
         """
         folder = folder_to_save_in(save_directory)
         config = {"tokenizer_class": type(self).__name__, "num_image_tokens": self.num_image_tokens}
-        write_bytes_atomic(folder / MODEL_FILE, self._text.data)
+        write_bytes_atomic(folder / MODEL_FILE, self.text.data)
         write_text_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         return str(folder / MODEL_FILE), str(folder / CONFIG_FILE)

@@ -32,9 +32,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from glmkit.errors import TokenizerError, UsageError
+from glmkit.runtime.vocabulary import byte_letters
 from glmkit.tokenizers.chat_tokenizer import ChatTokenizer
 from glmkit.tokenizers.folder import MODEL_FILE
-from glmkit.tokenizers.glm_vocabularies import byte_letters
 
 ROLES = ("system", "user", "assistant", "observation")
 END = "<|endoftext|>"

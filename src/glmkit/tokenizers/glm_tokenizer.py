@@ -19,10 +19,12 @@ from typing import Any, ClassVar, Literal
 
 from glmkit.errors import TokenizerError, UsageError
 from glmkit.hf import BatchEncoding, TokenizersBackend
-from glmkit.tokenizers.batches import clean_up, cut_pair, refuse_surrogates, to_lists
+from glmkit.runtime.control import Command, Control
+from glmkit.runtime.vocabulary import refuse_surrogates
+from glmkit.tokenizers.batches import clean_up, cut_pair, to_lists
 from glmkit.tokenizers.folder import CONFIG_FILE, HUB_ARGUMENTS, folder_to_save_in, kept_arguments, read_config
 from glmkit.tokenizers.glm_builders import generation_inputs, multiple_choice_inputs
-from glmkit.tokenizers.glm_control import MASKS, TOKENS, Command, CommandNames, Control
+from glmkit.tokenizers.glm_control import MASKS, TOKENS, CommandNames
 from glmkit.tokenizers.glm_files import ADDED_FILE, fetch_folder, find_file, refuse_other_numbers
 from glmkit.tokenizers.glm_vocabularies import Vocabulary
 from glmkit.writing import write_bytes_atomic, write_text_atomic
@@ -80,7 +82,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
                 raise UsageError(f"a side is {side!r:.80}: expected 'left' or 'right'")
         if not isinstance(task_mask, (bool, type(None))) or not isinstance(decoder_mask, bool):
             raise UsageError(f"task_mask={task_mask!r:.80}, decoder_mask={decoder_mask!r:.80}: expected true or false")
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self.style = style
         self.task_mask = self.has_task_mask if task_mask is None else task_mask
         self.decoder_mask = decoder_mask
@@ -118,7 +120,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
         return len(self)
 
     def __len__(self) -> int:
-        return max(len(self._vocabulary.tokens), 1 + max(command.index for command in self.control))
+        return max(len(self.vocabulary.tokens), 1 + max(command.index for command in self.control))
 
     # --- text to ids ---
 
@@ -135,7 +137,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
             TokenizerError: The text has a lone surrogate.
         """
         refuse_surrogates(text)
-        return self._vocabulary.encode([text])[0]
+        return self.vocabulary.encode([text])[0]
 
     def encode_with_masks(self, text: str) -> list[int]:
         """Encodes text in which `[MASK]` and the other control tokens mean what they say; adds nothing.
@@ -180,7 +182,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
         blank_is_empty = self.style == "original"
         split = [[] if blank_is_empty and not text.strip() else self.control.split(text) for text in texts]
         plain = [part for parts in split for part in parts if isinstance(part, str)]
-        encoded = iter(self._vocabulary.encode(plain))
+        encoded = iter(self.vocabulary.encode(plain))
         return [[i for part in parts for i in ([part] if isinstance(part, int) else next(encoded))] for parts in split]
 
     def build_inputs_with_special_tokens(
@@ -337,7 +339,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
 
     def _texts(self, ids: Iterable[int]) -> list[str]:
         """The texts of the runs of ids between control tokens, and those tokens; the vocabulary's own are in runs."""
-        tokens = self._vocabulary.tokens
+        tokens = self.vocabulary.tokens
         found: list[str] = []
         run: list[int] = []
         for index in ids:
@@ -345,9 +347,9 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
             if 0 <= index < len(tokens) and token in (None, tokens[index]):
                 run.append(index)
             elif token is not None:
-                found += [self._vocabulary.decode(run)] * bool(run) + [token]
+                found += [self.vocabulary.decode(run)] * bool(run) + [token]
                 run = []
-        return found + [self._vocabulary.decode(run)] * bool(run)
+        return found + [self.vocabulary.decode(run)] * bool(run)
 
     def decode(
         self,
@@ -403,8 +405,8 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
             One token or several; ids behind the vocabulary have empty ones.
         """
         if isinstance(ids, int):
-            inside = 0 <= ids < len(self._vocabulary.tokens)
-            return self.control.token_of.get(ids) or (self._vocabulary.tokens[ids] if inside else "")
+            inside = 0 <= ids < len(self.vocabulary.tokens)
+            return self.control.token_of.get(ids) or (self.vocabulary.tokens[ids] if inside else "")
         kept = (int(index) for index in ids if not skip_special_tokens or int(index) not in self.control.token_of)
         return [self.convert_ids_to_tokens(index) for index in kept]
 
@@ -532,7 +534,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
             **{key: getattr(self, key) for key in self.saved_options},
             **self.special_tokens_map,
         }
-        added = {one.token: one.index for one in self.control if one.index >= len(self._vocabulary.tokens)}
+        added = {one.token: one.index for one in self.control if one.index >= len(self.vocabulary.tokens)}
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         written = self.save_vocabulary(os.fspath(folder), filename_prefix)
         for name, content in ((CONFIG_FILE, config), (ADDED_FILE, added)):
@@ -555,7 +557,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
         """
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         paths = []
-        for name, data in self._vocabulary.files.items():
+        for name, data in self.vocabulary.files.items():
             paths.append(Path(save_directory, prefix + name))
             write_bytes_atomic(paths[-1], data)
         return tuple(map(os.fspath, paths))

@@ -14,14 +14,14 @@ library, `sentencepiece_file` says.
 from __future__ import annotations
 
 import json
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from glmkit.errors import TokenizerError
+from glmkit.runtime.vocabulary import BertText, byte_letters, join_word_pieces
 from glmkit.tokenizers.sentencepiece_file import (
     CONTROL,
     MAX_FILE_BYTES,
@@ -158,9 +158,8 @@ class WordPieces:
         if missing or len(self._ids) != len(self.tokens):
             what = f"lacks {', '.join(missing)}" if missing else "has a token twice"
             raise TokenizerError(f"{vocab_file} {what}; expected the vocabulary of BERT uncased")
-        self._whole_words = whole_words
+        self.text = BertText(whole_words)
         self._tokenizer = self.backend({})
-        self._clean, self._split = _CharacterTable(_clean), _CharacterTable(_split)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Gives the ids of each text.
@@ -171,14 +170,8 @@ class WordPieces:
         Returns:
             One list of ids per text.
         """
-        words = [self._words(text) for text in texts]
+        words = [self.text.words(text) for text in texts]
         return [one.ids for one in self._tokenizer.encode_batch(words, add_special_tokens=False)]
-
-    def _words(self, text: str) -> str:
-        text = text.translate(self._clean)
-        if not self._whole_words:
-            text = text.replace("Σ", "σ")  # the only letter whose lower case depends on its neighbours
-        return unicodedata.normalize("NFD", text.lower()).translate(self._split)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Gives the text of ids.
@@ -189,14 +182,7 @@ class WordPieces:
         Returns:
             The words with one blank between them; pieces marked ## are joined to the one in front.
         """
-        words: list[str] = []
-        for index in ids:
-            token = self.tokens[index]
-            if token.startswith("##") and words:
-                words[-1] += token[2:]
-            else:
-                words.append(token)
-        return " ".join(words)
+        return join_word_pieces(self.tokens[index] for index in ids)
 
     def backend(self, extra: dict[str, int]) -> Tokenizer:
         """Makes the Rust tokenizer.
@@ -306,64 +292,6 @@ def _token_ids(path: Path, data: bytes) -> dict[str, int]:
     if not isinstance(ids, dict) or sorted(ids.values(), key=repr) != sorted(range(len(ids)), key=repr):
         raise TokenizerError(f"{path} must be a JSON object of tokens to the ids 0, 1, 2, ... without gaps")
     return ids
-
-
-def byte_letters() -> list[str]:
-    """Gives the letter that stands for each byte in a byte-level vocabulary.
-
-    Returns:
-        256 letters: the byte's own if it prints, else one from U+0100 on.
-    """
-    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printing else next(others)) for byte in range(256)]
-
-
-class _CharacterTable(dict[int, "str | None"]):
-    """A table for `str.translate` that works out a character when it first meets it."""
-
-    def __init__(self, rule: Callable[[str], str | None]) -> None:
-        super().__init__()
-        self._rule = rule
-
-    def __missing__(self, code: int) -> str | None:
-        self[code] = found = self._rule(chr(code))
-        return found
-
-    def __reduce__(self) -> Any:
-        return _CharacterTable, (self._rule,)
-
-
-_IDEOGRAPHS = (
-    (0x4E00, 0x9FFF),
-    (0x3400, 0x4DBF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F),
-    (0x2B820, 0x2CEAF),
-    (0xF900, 0xFAFF),
-    (0x2F800, 0x2FA1F),
-)
-
-
-def _clean(character: str) -> str | None:
-    """BERT's first pass: no control characters, plain blanks, blanks around ideographs."""
-    kind = unicodedata.category(character)
-    if character in "\t\n\r" or kind == "Zs":
-        return " "
-    if character == "\ufffd" or kind.startswith("C"):
-        return None
-    code = ord(character)
-    return f" {character} " if any(low <= code <= high for low, high in _IDEOGRAPHS) else character
-
-
-def _split(character: str) -> str | None:
-    """BERT's second pass, over lowered and decomposed text: no accents, blanks around marks."""
-    kind = unicodedata.category(character)
-    if kind == "Mn":
-        return None
-    is_mark = kind.startswith("P") or character in "$+<=>^`|~"
-    return f" {character} " if is_mark else character
 
 
 def _unlike_the_chinese_file(file: SentencePieceFile) -> str | None:

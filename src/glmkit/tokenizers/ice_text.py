@@ -22,18 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from glmkit.errors import TokenizerError
+from glmkit.runtime.vocabulary import LINE_END, MAX_BLANKS, TAB, read_blanks, write_blanks
 from glmkit.tokenizers.folder import read_config
 from glmkit.tokenizers.sentencepiece_file import BYTE, CONTROL, UNKNOWN, USER_DEFINED, SentencePieceFile, read_model
 
 MODEL_FILE = "ice_text.model"
 CONTROL_TOKENS = ("[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>")
-MAX_BLANKS = 80
 IMAGE_TOKENS = 20_000  # in front of the vocabulary of the first ChatGLM-6B
-LINE_END, TAB = "<n>", "<|tab|>"
 _SPACES = (TAB, *(f"<|blank_{count}|>" for count in range(2, MAX_BLANKS + 1)))
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
-_RUN = re.compile(f" {{2,{MAX_BLANKS}}}")
-_BLANK = re.compile(r"<\|blank_([2-9]|[1-7][0-9]|80)\|>")
 _IMAGE = re.compile(r"<image_([0-9]{1,9})>")
 
 
@@ -91,9 +88,7 @@ class IceText:
         Returns:
             The ids, beginning with the blank in front.
         """
-        written = text.replace("\n", LINE_END).replace("\t", TAB)
-        written = _RUN.sub(lambda run: f"<|blank_{len(run.group())}|>", written)
-        ids = self._library.encode(written)
+        ids = self._library.encode(write_blanks(text))
         return [self.image_tokens + index for index in ids] if self.image_tokens else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -106,8 +101,7 @@ class IceText:
             The text; control tokens are nothing.
         """
         written = self._library.decode([index - self.image_tokens for index in ids if index >= self.image_tokens])
-        written = written.replace(LINE_END, "\n").replace(TAB, "\t")
-        return _BLANK.sub(lambda found: " " * int(found.group(1)), written)
+        return read_blanks(written)
 
     def piece(self, index: int) -> str:
         """Gives the piece of an id.

@@ -8,26 +8,14 @@ in front (the dummy prefix) and every blank becomes `▁`.
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from glmkit.errors import TokenizerError
+from glmkit.runtime.vocabulary import SPACE, ByteTable
 from glmkit.tokenizers.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, SentencePieceFile, read_model
-
-SPACE = "▁"
-_EACH_BYTE = "glmkit.each_byte"
-
-
-def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
-    """Gives one U+FFFD per undecodable byte, as SentencePiece does; Python alone gives one per broken character."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-codecs.register_error(_EACH_BYTE, _replace_each_byte)
 
 
 def read_pieces(path: Path) -> SentencePieceFile:
@@ -129,8 +117,8 @@ def build_tokenizer(pieces: SentencePieceFile, control: Sequence[str]) -> Tokeni
     return tokenizer
 
 
-class PieceDecoder:
-    """Turns ids into text exactly as SentencePiece does.
+def piece_table(pieces: SentencePieceFile, extra: Sequence[str]) -> ByteTable:
+    """Makes what turns ids into text exactly as SentencePiece does.
 
     Bytes that do not form a character become one U+FFFD each, and only the blank of a first piece is dropped (the Rust
     decoder replaces a whole run of bytes when one of them is wrong).
@@ -138,39 +126,18 @@ class PieceDecoder:
     Args:
         pieces: The SentencePiece file.
         extra: What the ids behind the file's decode to, in order.
+
+    Returns:
+        The table.
     """
-
-    def __init__(self, pieces: SentencePieceFile, extra: Sequence[str]) -> None:
-        self._drops_prefix = pieces.normalizer.add_dummy_prefix
-        self._bytes: list[bytes] = [
-            bytes([int(text[1:-1], 16)])
-            if kind == BYTE
-            else b""
-            if kind != NORMAL
-            else text.replace(SPACE, " ").encode("utf-8")
-            for text, kind in zip(pieces.texts, pieces.types)
-        ]
-        self._bytes += [text.encode("utf-8") for text in extra]
-        self._byte_ids = frozenset(index for index, kind in enumerate(pieces.types) if kind == BYTE)
-
-    def __len__(self) -> int:
-        return len(self._bytes)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decodes ids, all of them inside the vocabulary.
-
-        Args:
-            ids: Token ids.
-
-        Returns:
-            The text.
-        """
-        table, parts, undecided = self._bytes, [], self._drops_prefix
-        for index in ids:
-            part = table[index]
-            if undecided and part:
-                undecided = False
-                if part[:1] == b" " and index not in self._byte_ids:
-                    part = part[1:]
-            parts.append(part)
-        return b"".join(parts).decode("utf-8", errors=_EACH_BYTE)
+    tokens = [
+        bytes([int(text[1:-1], 16)])
+        if kind == BYTE
+        else b""
+        if kind != NORMAL
+        else text.replace(SPACE, " ").encode("utf-8")
+        for text, kind in zip(pieces.texts, pieces.types)
+    ]
+    tokens += [text.encode("utf-8") for text in extra]
+    byte_ids = frozenset(index for index, kind in enumerate(pieces.types) if kind == BYTE)
+    return ByteTable(tokens, byte_ids, pieces.normalizer.add_dummy_prefix, each_byte=True)

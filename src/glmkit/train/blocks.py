@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_origin
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from glmkit.data.mixtures import MIXTURES, Mixture
+from glmkit.evaluate.catalogue import TASKS, is_task_file
 
 
 class Block(BaseModel):
@@ -517,8 +518,9 @@ class PretrainRecipe(WholeRecipe):
 class EvaluationData(Block):
     """What to ask, and the answers to compare with."""
 
-    file: str
-    """Records: a JSON, JSON Lines, CSV or Parquet file."""
+    file: str | None = None
+    """What the task reads: a file of records (JSON, JSON Lines, CSV, Parquet), a text, or a folder; docs/evaluation.md.
+    A task file of GLM-130B's form says itself where its data is, below its own folder or below this one."""
     format: str = "auto"
     """What a record looks like: adgen, alpaca, history, conversations, toolalpaca, sharegpt, messages, columns; auto
     looks at the first record."""
@@ -529,7 +531,7 @@ class EvaluationData(Block):
     history_column: str | None = None
     """Format columns: field with earlier [question, answer] pairs."""
     max_samples: int | None = Field(None, ge=1)
-    """Use only the first records."""
+    """Use only the first records, questions or turns."""
     max_source_length: int | None = Field(None, ge=4)
     """Task adgen: most tokens of a prompt with its template; longer user texts are shortened, the template never."""
 
@@ -547,20 +549,35 @@ class EvaluationData(Block):
 class EvaluateBlock(Block):
     """How answers are written, and what is measured of them."""
 
-    task: Literal["adgen", "tools"]
-    """adgen: advertising copy, BLEU-4 and ROUGE; tools: calls of tools in dialogues."""
+    task: str
+    """adgen, tools, ceval, cmmlu, mmlu, gsm8k, perplexity, lambada, cloze, or a task file of GLM-130B's form."""
     per_device_eval_batch_size: int = Field(8, ge=1)
     """Answers written together."""
-    max_target_length: int = Field(256, ge=1)
-    """Longest answer in tokens; answers to compare with are never cut."""
+    max_target_length: int | None = Field(None, ge=1)
+    """Longest answer in tokens; none: the task's own, 256 for adgen and tools. Labels are never cut."""
     temperature: float = Field(0.0, ge=0)
     """0 always takes the likeliest token; the official scripts have 0.95."""
     top_p: float = Field(1.0, ge=0, le=1)
     """Only the likeliest tokens that together reach this probability; 1 is off, the official scripts have 0.7."""
     seed: int | None = Field(None, ge=0)
     """Makes sampled answers repeatable."""
+    preset: Literal["paper"] | None = None
+    """paper: prompts and labels cut as the official scripts do (adgen); none: what measures best."""
+    method: str | None = None
+    """How a question with options is answered: likelihood, or chain-of-thought as ChatGLM2's own script; none: the
+    task's own."""
+    shots: int | None = Field(None, ge=0)
+    """Examples in front of a question; none: the task's own."""
+    subjects: list[str] = []
+    """Only these subjects; none: all."""
+    window: int | None = Field(None, ge=2)
+    """Task perplexity: tokens of text that the model sees at most."""
+    stride: int | None = Field(None, ge=1)
+    """Task perplexity: by how many tokens the window moves on."""
+    extra: dict[str, Any] = {}
+    """What a single task knows beyond these."""
     output_dir: str | None = None
-    """Folder for predictions and results; none: a new one for adgen, no files for tools."""
+    """Folder for predictions and results; none: a new one below runs/."""
 
     synonyms: ClassVar[Mapping[str, str]] = {
         "batch_size": "per_device_eval_batch_size",
@@ -584,6 +601,10 @@ class EvaluationRecipe(WholeRecipe):
     def _measurable(self) -> EvaluationRecipe:
         if self.model.path is None or self.model.tokenizer is not None:
             raise ValueError("an existing model is measured: give model.path, without model.init and model.tokenizer")
+        if self.evaluate.task not in TASKS and not is_task_file(self.evaluate.task):
+            raise ValueError(f"there is no task {self.evaluate.task!r}: {', '.join(TASKS)}, or the YAML file of a task")
+        if self.data.file is None and self.evaluate.task in TASKS:
+            raise ValueError(f"data.file is missing: {TASKS[self.evaluate.task].data}")
         if self.evaluate.task == "tools" and self.data.max_source_length is not None:
             raise ValueError("data.max_source_length is for the task adgen; dialogues with tools are never shortened")
         return self

@@ -1,0 +1,158 @@
+"""`glm run` and `python -m glmkit.runtime`: one question, or a conversation with somebody at a keyboard.
+
+The answer, and nothing else, goes to standard output; everything about it goes to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from glmkit.errors import GlmkitError, UsageError
+from glmkit.runtime.answering import Model, load
+from glmkit.runtime.prompts import Said
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # with which a text could take over a terminal
+_COMMANDS = {
+    "/help": "this list",
+    "/clear": "forget the conversation",
+    "/system": "/system TEXT sets the system prompt and forgets the conversation",
+    "/quit": "leave (also: Ctrl-D)",
+}
+
+
+def run(
+    folder: str,
+    prompt: str | None = None,
+    *,
+    system: str | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> int:
+    """Answers one question, or talks until the user leaves.
+
+    Args:
+        folder: What `glm export` wrote.
+        prompt: The question; "-" is standard input. None is the conversation.
+        system: System prompt.
+        threads: How many compute.
+        **settings: See `Model.answer`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        GlmkitError: What the user can cure.
+    """
+    question = sys.stdin.read().strip() if prompt == "-" else prompt
+    if question is not None and not question.strip():
+        raise UsageError("the question is empty", hint='glm run FOLDER --prompt "你好"')
+    model = load(folder, threads=threads)
+    before = [] if system is None else [Said("system", system)]
+    if question is not None:
+        _show(model, [*before, Said("user", question)], settings)
+        return 0
+    return _Conversation(model, before, settings).run()
+
+
+class _Conversation:
+    def __init__(self, model: Model, before: list[Said], settings: dict[str, Any]) -> None:
+        self.model, self.before, self.settings = model, before, settings
+        self.messages: list[Said] = []
+
+    def run(self) -> int:
+        at_keyboard = sys.stdin.isatty()
+        if at_keyboard:
+            what = "write [MASK] where it shall put words" if self.model.fills_blanks else "Ctrl-C stops an answer"
+            _notice(f"{self.model.description.family}. {what}; /help lists commands")
+        while True:
+            if at_keyboard:
+                print("> ", end="", file=sys.stderr, flush=True)
+            try:
+                line = sys.stdin.readline()
+            except KeyboardInterrupt:
+                return 130
+            if not line or line.strip() == "/quit":
+                return 0
+            try:
+                self._take(line.strip())
+            except GlmkitError as error:
+                _notice(f"error: {error}")
+
+    def _take(self, line: str) -> None:
+        word, _, rest = line.partition(" ")
+        if word == "/help":
+            for name, text in _COMMANDS.items():
+                _notice(f"  {name:8} {text}")
+        elif word in ("/clear", "/system"):
+            self.messages = []
+            if word == "/system":
+                self.before = [Said("system", rest)] if rest else []
+        elif word.startswith("/") and word[1:].isalpha():
+            raise UsageError(f"there is no command {word}", hint="/help lists them")
+        elif line:
+            asked = [*self.messages, Said("user", line)]
+            _show(self.model, [*self.before, *asked], self.settings)
+            if not self.model.fills_blanks:
+                self.messages = [*asked, *self.model.last.messages]
+
+
+def _show(model: Model, messages: Sequence[Said], settings: dict[str, Any]) -> None:
+    with _ctrl_c() as asked:
+        for piece in model.answer(messages, **settings):
+            print(_CONTROL.sub("", piece), end="", flush=True)
+            if asked:
+                break
+    print(flush=True)
+    if model.last.dropped_turns:
+        _notice(f"[the oldest {model.last.dropped_turns} turns do not fit into the context and were left out]")
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[list[bool]]:
+    """Ctrl-C asks for the end of an answer, instead of ending the process in the middle of a character."""
+    asked: list[bool] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(True)
+
+    earlier = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def _notice(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m glmkit.runtime`: the same with argparse, for machines that have nothing but the engine.
+
+    Args:
+        arguments: Of the command; None: those of the process.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="python -m glmkit.runtime", description="Answer from an exported folder.")
+    parser.add_argument("folder", help="what `glm export` wrote")
+    parser.add_argument("--prompt", "-p", help='one question; "-" reads standard input')
+    parser.add_argument("--system", help="system prompt")
+    for name, kind in (("temperature", float), ("top-p", float), ("repetition-penalty", float)):
+        parser.add_argument(f"--{name}", type=kind)
+    for name in ("top-k", "seed", "max-new-tokens", "threads"):
+        parser.add_argument(f"--{name}", type=int)
+    given = vars(parser.parse_args(arguments))
+    try:
+        return run(given.pop("folder"), given.pop("prompt"), **given)
+    except GlmkitError as error:
+        _notice(f"error: {error}")
+        return error.exit_code
