@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def write_checkpoint(
         if "layernorm" in name:
             return torch.ones(shape, dtype=dtype)
         numbers = shape.numel()
-        return pool.repeat(-(-numbers // _POOL))[:numbers].view(shape)
+        start = zlib.crc32(name.encode()) % _POOL  # tensors of one shape that are equal are stored once by some formats
+        return pool.roll(start).repeat(-(-numbers // _POOL))[:numbers].view(shape)
 
     def names() -> Iterator[str]:
         yield from shapes
