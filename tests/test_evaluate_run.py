@@ -25,6 +25,7 @@ from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError, UsageError
 from glmkit.evaluate.adgen import Adgen, Asked, make_adgen, score
 from glmkit.evaluate.catalogue import TASKS, is_task, is_task_file, make_task
+from glmkit.evaluate.comparison import compared
 from glmkit.evaluate.results import Interval, interval, read_results, read_rows, resampled
 from glmkit.evaluate.run import data_hash, items_hash, run
 from glmkit.evaluate.tasks import Figure, Row, Settings
@@ -47,7 +48,7 @@ class Sum:
 class Sums:
     """A task that needs no model: 40 items in units of 16."""
 
-    name, rows_file, batch_size = "sums", "predictions.jsonl", 2
+    name, rows_file, batch_size = "sums", "predictions.jsonl", 4
 
     def __init__(self, items: int = 40, cut: Callable[[int], None] | None = None) -> None:
         self.asked: list[int] = []
@@ -168,8 +169,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(folder / "model", train_tokenizer(folder / "tokenizer.model"), generation=2, endless=True)
 
 
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_measure_what_one_does(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    torchrun: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("jieba")
     monkeypatch.chdir(tmp_path)
@@ -177,31 +179,57 @@ def test_two_processes_measure_what_one_does(
     asked = [" ".join(words[: 1 + number % 5]) * (1 + number % 3) for number in range(21)]
     rows = [{"content": text, "summary": f"{words[number % 5]} 显瘦"} for number, text in enumerate(asked)]
     Path("dev.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("task").mkdir()
+    choices = [{"inputs_pretokenized": row["content"], "choices_pretokenized": words, "label": 1} for row in rows]
+    Path("task", "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    Path("task.yaml").write_text("name: words\ntype: mul\npath: task\n")  # its data stands beside it
+    Path("text.txt").write_text("rice and tea " * 60)
     sampled = ["--temperature", "1", "--seed", "5", "--max-tokens", "6", "--batch-size", "1", "-m", str(model)]
 
     def calls(folder: str) -> list[list[str]]:
         evaluated = ["evaluate", "adgen", "--data", "dev.json", "-o", f"{folder}/adgen", *sampled]
-        return [evaluated, ["predict", "-i", "dev.json", "-o", f"{folder}/out.jsonl", *sampled]]
+        rest = ["-m", str(model), "--batch-size", "1"]
+        return [
+            evaluated,
+            ["predict", "-i", "dev.json", "-o", f"{folder}/out.jsonl", *sampled],
+            ["evaluate", "task.yaml", "-o", f"{folder}/task", *rest],
+            ["evaluate", "perplexity", "--data", "text.txt", "--window", "16", "-o", f"{folder}/text", *rest],
+        ]
 
     Path("two").mkdir()
     Path("one").mkdir()
     Path("calls.json").write_text(json.dumps(calls("two")))
     script = str(Path(__file__).with_name("evaluation_ranks.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    start = [sys.executable, script, "calls.json"]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bleu-4") == 1  # one of them prints
+    starts = [[sys.executable, script, "calls.json"]]
+    if torchrun:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        starts = [[*launch, "-m", "glmkit", *words] for words in calls("two")]
+    said = ""
+    for start in starts:
+        done = subprocess.run(start, capture_output=True, text=True, timeout=SECONDS, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        said += done.stdout
+    assert said.count("bleu-4") == 1  # one of them prints
     for words in calls("one"):
         assert cli.run(words) == 0
     capsys.readouterr()
-    for name in ("adgen/generated_predictions.txt", "out.jsonl"):
+    for name in ("adgen/generated_predictions.txt", "out.jsonl", "task/predictions.jsonl", "text/predictions.jsonl"):
         assert Path("two", name).read_bytes() == Path("one", name).read_bytes(), name
     one, two = read_results("one/adgen"), read_results("two/adgen")
     assert (one.processes, two.processes) == (1, 2)
     assert one.figures == two.figures
     assert one.data == two.data == {"path": "dev.json", "sha256": data_hash("dev.json")}
     assert one.model["weights"] == two.model["weights"]
+    for name in ("task", "text"):
+        assert read_results(f"one/{name}").figures == read_results(f"two/{name}").figures
+    (pair,) = compared(["one/task", "two/task"]).differences["Accuracy"]
+    assert pair is not None
+    assert (pair.value, pair.low, pair.high) == (0, 0, 0)
+    before = read_results("one/task").data
+    with Path("task", "a.jsonl").open("a") as stream:
+        stream.write(json.dumps(choices[0]) + "\n")
+    assert data_hash("task.yaml", "task/a.jsonl") != (before or {})["sha256"]
     assert one.settings["seed"] == one.seed == 5
     assert len({row["predict"] for row in read_rows("two/adgen")}) > 15  # sampled, and not the same in each unit
 
@@ -258,11 +286,15 @@ def test_results_are_read_as_they_were_written(tmp_path: Path, loaded: Loaded) -
     assert {"task", "figures", "notes", "model", "adapter", "settings", "seed", "command", "versions", "data"} < set(
         content
     )
-    assert content["settings"] == {"batch_size": 2, "window": 4}
+    assert content["settings"] == {"batch_size": 4, "window": 4}
     assert content["versions"]["torch"] == torch.__version__
     assert read_results(tmp_path / "out" / "results.json") == written
     assert isinstance(written.figures["accuracy"], Interval)
     assert [row["left"] for row in read_rows(tmp_path / "out")] == list(range(40))
+    odd = [{"text": "a\u2028b\x85c"}] * 40  # line ends to str.splitlines, not to JSON Lines
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in odd]
+    (tmp_path / "out" / "predictions.jsonl").write_text("".join(lines))
+    assert read_rows(tmp_path / "out") == odd
     before = data_hash(tmp_path / "d")
     (tmp_path / "d" / "a.txt").rename(tmp_path / "d" / "b.txt")
     assert data_hash(tmp_path / "d") != before
@@ -314,21 +346,24 @@ def test_tasks_by_name_and_by_file(tmp_path: Path) -> None:
 def test_the_paper_preset_cuts_as_the_official_scripts_do(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("jieba")
     data = tmp_path / "dev.json"
-    data.write_text(json.dumps({"content": "上衣 显瘦 " * 9, "summary": "上衣 显瘦 " * 9}))
+    rows = [{"content": "上衣 显瘦 " * 9, "summary": "上衣 显瘦 " * 9}, {"content": "棉", "summary": "棉"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     ours = load(model)
     tokenizer: Any = ours.tokenizer
-    how = Settings(batch_size=2, max_new_tokens=9, preset="paper", source_tokens=12)
+    how = Settings(batch_size=2, max_new_tokens=9, preset="paper", source_tokens=30)
     task = make_adgen(str(data), how)
-    (asked,) = task.items(ours)
+    asked, short = task.items(ours)
+    assert len(short.prompt) < 30
+    assert short.max_new_tokens == asked.max_new_tokens  # the script pads both prompts to 30
     whole = make_adgen(str(data), replace(how, preset=None, source_tokens=None)).items(ours)[0]
-    assert asked.prompt == whole.prompt[:12]
+    assert asked.prompt == whole.prompt[:30]
     assert asked.label == tokenizer.decode(tokenizer.encode_text(whole.label)[:7]).strip()
-    assert asked.max_new_tokens == 12 + 9 + 1 - 12
-    rows = task.answer(ours, [asked], 0)
+    assert asked.max_new_tokens == 30 + 9 + 1 - 30
+    answers = task.answer(ours, [asked], 0)
     greedy = SamplingOptions(temperature=0.0)
     (ids,) = generate_batch(ours.model, [asked.prompt], greedy, stop_ids=(), max_new_tokens=10, batch_size=1)
-    assert rows == [{"labels": asked.label, "predict": tokenizer.decode(ids).strip()}]
-    assert task.notes(rows) == {"empty": 0, "shortened": 1, "labels_cut": 1}
+    assert answers == [{"labels": asked.label, "predict": tokenizer.decode(ids).strip()}]
+    assert task.notes(answers) == {"empty": 0, "shortened": 1, "labels_cut": 1}
     with pytest.raises(UsageError, match="preset=papers, expected paper"):
         make_adgen(str(data), replace(how, preset="papers"))
 

@@ -47,8 +47,8 @@ def compiled(library: Path, source: Path, flags: list[str]) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        "portable",
+    params=[  # of two one is enough each time; both take long to compile
+        pytest.param("portable", marks=pytest.mark.slow if "avx512" in possible_levels() else ()),
         pytest.param("avx512", marks=pytest.mark.skipif("avx512" not in possible_levels(), reason="no AVX-512")),
     ],
 )

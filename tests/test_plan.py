@@ -226,11 +226,15 @@ def test_the_documented_table_is_what_is_counted() -> None:
                 ]
 
 
-def test_a_quantised_folder_is_planned_in_its_own_format(tmp_path: Path) -> None:
-    for scheme in ("int8", "int4"):
-        quantize("glm-nano", tmp_path / scheme, scheme)
-        plans = model_plans(str(tmp_path / scheme), tokens=64)
-        assert list(plans) == [f"{method}, {scheme}" for method in ("answer", "ptuning_v2", "lora")]
+@pytest.mark.parametrize("scheme", ["int4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_a_quantised_folder_is_planned_in_its_own_format(tmp_path: Path, scheme: str) -> None:
+    quantize("glm-nano", tmp_path / scheme, scheme)
+    plans = model_plans(str(tmp_path / scheme), tokens=64)
+    assert list(plans) == [f"{method}, {scheme}" for method in ("answer", "ptuning_v2", "lora")]
+
+
+@pytest.mark.slow
+def test_models_are_planned_in_the_formats_that_they_can_have() -> None:
     assert next(iter(model_plans("chatglm2-6b-int4", tokens=64))) == "answer, official-int4"
     assert "full, float16" in model_plans("glm-nano", tokens=64)
 

@@ -94,7 +94,7 @@ def test_answers_stand_in_order_and_are_those_of_a_chat(model: Path, loaded: Loa
 
 
 def test_a_cut_run_goes_on(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write(tmp_path / "in.jsonl", [{"content": "tea " * (1 + number % 4)} for number in range(20)])
+    source = write(tmp_path / "in.jsonl", [{"content": "tea " * (1 + number % 4)} for number in range(10)])
     how = Settings(batch_size=1, max_new_tokens=4, temperature=1.0, seed=1)
     predict(loaded, source, tmp_path / "whole.jsonl", how)
     real, calls = module.generate_batch, []
@@ -113,8 +113,8 @@ def test_a_cut_run_goes_on(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(DataError, match="seed: 1 then, 2 now"):
         predict(loaded, source, target, Settings(batch_size=1, max_new_tokens=4, temperature=1.0, seed=2))
     found = predict(loaded, source, target, how)
-    assert (found.rows, found.answered) == (20, 20 - 2 * BATCHES_PER_UNIT)
-    assert calls == [8, 8, 4, 4]
+    assert (found.rows, found.answered) == (10, 10 - 2 * BATCHES_PER_UNIT)
+    assert calls == [4, 4, 2, 2]
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 

@@ -125,7 +125,7 @@ SOURCES: dict[str, dict[str, Any]] = {
 
 MINDFORMERS_EVAL = {
     "model.dtype": "float16", "data.max_source_length": 256, "evaluate.task": "adgen",
-    "evaluate.per_device_eval_batch_size": 8, "evaluate.max_target_length": 256, "evaluate.temperature": 0,
+    "evaluate.per_device_eval_batch_size": 32, "evaluate.max_target_length": 256, "evaluate.temperature": 0,
 }  # fmt: skip
 EVALUATION_SOURCES: dict[str, dict[str, Any]] = {
     "adgen_full_eval": MINDFORMERS_EVAL | {"model.path": "output/adgen_full/model", "model.adapter": None},
@@ -135,8 +135,8 @@ EVALUATION_SOURCES: dict[str, dict[str, Any]] = {
     "adgen_ptuning_eval": {
         "model.path": "chatglm2-6b", "model.quantize": "official-int4",
         "model.adapter": "output/adgen_ptuning/adapter", "data.max_source_length": 64, "evaluate.task": "adgen",
-        "evaluate.per_device_eval_batch_size": 1, "evaluate.max_target_length": 64, "evaluate.temperature": 0.95,
-        "evaluate.top_p": 0.7,
+        "evaluate.per_device_eval_batch_size": 32, "evaluate.max_target_length": 64, "evaluate.temperature": 0.95,
+        "evaluate.top_p": 0.7, "evaluate.preset": "paper",
     },
     "tools_eval": {
         "model.path": "chatglm3-6b", "model.adapter": "output/toolalpaca_lora/adapter", "evaluate.task": "tools",
@@ -276,7 +276,7 @@ def test_flags_and_a_recipe_say_the_same(capsys: pytest.CaptureFixture[str]) -> 
     default = yaml.safe_load(capsys.readouterr().out)
     assert (default["model"]["path"], default["data"]["max_source_length"]) == ("glm-nano", 64)
     assert default["evaluate"] == rest | {
-        "task": "adgen", "per_device_eval_batch_size": 8, "max_target_length": None, "temperature": 0.0, "top_p": 1.0,
+        "task": "adgen", "per_device_eval_batch_size": 32, "max_target_length": None, "temperature": 0.0, "top_p": 1.0,
         "seed": None, "output_dir": None,
     }  # fmt: skip
     assert cli.run(["evaluate", "ceval", "--data", "folder", "--shots", "5", "--subjects", "[law]", "--dry-run"]) == 0
@@ -564,9 +564,9 @@ def test_tuning_commands_of_the_guides_are_checked_runs(page: Path, capsys: pyte
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_other_commands_of_the_guides_have_verbs_and_flags_that_exist(page: Path) -> None:
     seen = 0
+    whole: Any = verbs.command()
     for line in commands_of(page):
-        command: Any = verbs.command()
-        words = line[1:]
+        command, words = whole, line[1:]
         while hasattr(command, "commands") and words:
             assert words[0] in command.commands, line
             command, words = command.commands[words[0]], words[1:]

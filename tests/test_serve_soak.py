@@ -41,18 +41,18 @@ def served() -> Iterator[Served]:
 
 
 def test_requests_straight_to_the_engine(served: Served) -> None:
-    found = soak(served.engine, served.tokenizer, 300, longest=8)
-    assert (found.answered + found.cancelled, found.lost) == (300, 0)
-    assert found.cancelled > 15
+    found = soak(served.engine, served.tokenizer, 200, longest=8)
+    assert (found.answered + found.cancelled, found.lost) == (200, 0)
+    assert found.cancelled > 10
     assert found.refused > 0  # 24 readers, 20 places: the queue was full at times
     assert found.slope_megabytes < MOST_MEGABYTES
 
 
 def test_requests_over_http(served: Served) -> None:
     with Server(served) as server:
-        found = soak_over_http(server.url, served.engine, "nano", 200, longest=8)
-    assert (found.answered + found.cancelled, found.lost) == (200, 0)
-    assert found.cancelled > 5
+        found = soak_over_http(server.url, served.engine, "nano", 100, longest=8)
+    assert (found.answered + found.cancelled, found.lost) == (100, 0)
+    assert found.cancelled > 2
     assert found.slope_megabytes < MOST_MEGABYTES
 
 

@@ -567,7 +567,7 @@ def test_from_a_recipe_to_a_better_model_and_its_scores(tmp_path: Path, learnt: 
     file = tmp_path / "after" / "generated_predictions.txt"
     lines = file.read_text().splitlines()
     assert [json.loads(line)["labels"] for line in lines] == [row["a"] for row in rows]
-    # A run that was cut in the middle of a line goes on with the first chunk (8 batches) that is not whole.
+    # A run that was cut in the middle of a line goes on with the first unit (4 batches) that is not whole.
     file.write_text("\n".join(lines[:11]) + "\n" + lines[11][:9])
     seen: list[int] = []
     options["progress"] = lambda done, _: seen.append(done)

@@ -259,7 +259,7 @@ def test_a_slider_counts_for_the_next_answer_and_can_be_reset(tab: Tab) -> None:
     tab.send("你好")
     tab.wait_idle()
     assert "3 词元" in tab.texts()
-    assert tab.page.is_visible("#glm-continue")
+    tab.page.wait_for_selector("#glm-continue", state="visible")
     tab.page.click("#glm-reset")
     tab.page.wait_for_function("document.querySelector('#glm-max-length input[type=number]').value === '1024'")
 
