@@ -203,7 +203,7 @@ def test_help_and_schema_name_every_setting(capsys: pytest.CaptureFixture[str], 
         assert set(properties) == {*block.model_fields, *block.synonyms}
         for foreign in block.synonyms:
             assert foreign in shown
-    assert ("[256]" if verb == "evaluate" else "[0.0001]") in settings_help(kind)
+    assert ("[32]" if verb == "evaluate" else "[0.0001]") in settings_help(kind)
 
 
 def test_no_two_blocks_have_the_same_key() -> None:

@@ -18,6 +18,12 @@ import tiny
 from glmkit import cli, verbs
 from glmkit.errors import UsageError
 
+VERBS = (
+    *("chat", "serve", "web", "quickstart", "inspect", "convert", "export", "run", "finetune", "pretrain", "evaluate"),
+    *("predict", "version", "doctor", "merge", "quantize", "watch", "plan", "bench", "data", "checkpoint", "cluster"),
+    "recipe",
+)
+
 
 @pytest.fixture(autouse=True)
 def own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +69,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert glm(capsys, "--version") == (0, f"glmkit {glmkit.__version__}\n", "")
     code, out, _ = glm(capsys, "--help")
     assert code == 0
-    for verb in ("chat", "quickstart", "inspect", "convert", "finetune", "pretrain", "evaluate", "version"):
-        assert verb in out
+    for verb in VERBS:
+        assert f"  {verb} " in out
         assert glm(capsys, verb, "-h")[0] == 0
     assert glm(capsys, "help")[1] == out
     code, out, _ = glm(capsys, "version", "--json")
@@ -100,7 +106,7 @@ def test_starting_imports_nothing_heavy(arguments: list[str]) -> None:
         (
             ["zzz"],
             "there is no verb 'zzz'",
-            "known verbs: chat, serve, web, quickstart, inspect, convert, export, run, finetune, pretrain, evaluate",
+            f"known verbs: {', '.join(VERBS)}",
         ),
         (["chat", "--temprature", "1"], "no such option: --temprature", "did you mean --temperature?"),
         (["chat", "--top-k", "many"], "invalid value for '--top-k'", "glm chat --help lists what there is"),
@@ -154,6 +160,7 @@ def test_debug_shows_the_traceback_wherever_it_stands(capsys: pytest.CaptureFixt
     [
         (UsageError("bad", hint="good"), 2, "bad", "good"),
         (KeyError("x"), 1, "unexpected KeyError: 'x'", "--debug"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "the package torch, which is not", "glm run"),
         (MemoryError(), 1, "out of memory", "--quantize"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory", "--quantize"),
         (PermissionError(13, "Permission denied", "/x"), 1, "Permission denied: /x", "--debug"),

@@ -353,7 +353,45 @@ def test_damaged_and_hostile_files(source: Path, tmp_path: Path, suffix: str) ->
             StateFile(file, tmp_path)
 
 
+def test_one_tensor_twice(source: Path, tmp_path: Path) -> None:
+    """Under both of its names, or in two entries of a table: none of them is silently the right one."""
+    state = tensors(source)
+    both = {**state, mindformers_name(TABLE, glmkit.load(source).config): torch.zeros_like(state[TABLE])}
+    for suffix in (".npz", ".ckpt", ".pth"):
+        write_state(tmp_path / f"both{suffix}", both, both.__getitem__)
+        with pytest.raises(CheckpointError, match="are names of the same tensor"):
+            StateFile(tmp_path / f"both{suffix}", source)
+    file = tmp_path / "twice.npz"
+    write_state(file, state, state.__getitem__)
+    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr(f"{TABLE}.npy", archive.read(f"{TABLE}.npy"))
+    with pytest.raises(CheckpointError, match="stands there twice"):
+        StateFile(file, source)
+
+
+def test_a_header_that_says_gigabytes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy reads the whole header of an entry, which a zip packs into nothing, before it refuses its size."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x02\x00" + (1 << 20).to_bytes(4, "little") + b" " * (1 << 20))
+    monkeypatch.setattr(np.lib.format, "read_array_header_2_0", lambda _: pytest.fail("the header was read"))
+    with pytest.raises(CheckpointError, match="a header of 1048576 bytes"):
+        StateFile(tmp_path / "a.npz", source)
+
+
 # --- what is refused ---
+
+
+def test_sources_of_every_kind(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name is a source of shards too; a bare file and the native layout become official first, and that is said."""
+    monkeypatch.setenv("GLMKIT_MODELS", str(source.parent))
+    assert done(source.name, tmp_path / "shards", "shards").difference == 0
+    done(source, tmp_path / "state.pth", "file")
+    for to, options in (("shards", {}), ("int8", {}), ("merged", {"adapter": tmp_path})):
+        with pytest.raises(UsageError, match=r"bare file of weights(.|\n)*hint: first: glm convert .* --to official"):
+            convert(tmp_path / "state.pth", tmp_path / "out", to, **options)
+    done(source, tmp_path / "native", "native")
+    with pytest.raises(UsageError, match=r"own layout(.|\n)*--to official"):
+        convert(tmp_path / "native", tmp_path / "out", "shards")
 
 
 def test_what_is_refused(source: Path, tmp_path: Path) -> None:

@@ -114,6 +114,17 @@ def test_other_items_are_refused(tmp_path, answers):
         compare([first, other])
 
 
+def test_windows_of_another_vocabulary_are_not_paired(tmp_path, answers):
+    paths = [write(tmp_path / "a", answers[0]), write(tmp_path / "b", answers[1][:150])]
+    for path, text_bytes in zip(paths, (66.0, 132.0)):
+        window = {"tokens": 64, "bytes": text_bytes, "loss": 1.0}
+        lines = [json.loads(line) | window for line in (path / "predictions.jsonl").open()]
+        (path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    found = compared(paths)
+    assert "cut into other windows" in found.unpaired
+    assert (found.differences, found.examples) == ({}, [])
+
+
 def test_one_folder_or_none_is_refused(tmp_path, answers):
     with pytest.raises(UsageError, match="1 results to compare"):
         compare([write(tmp_path / "a", answers[0])])

@@ -23,7 +23,7 @@ from glmkit.data.records import read_records
 from glmkit.engine.decode import generate_batch
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError, UsageError
-from glmkit.evaluate.adgen import Adgen, Asked, make_adgen, score
+from glmkit.evaluate.adgen import Adgen, Asked, answer_text, make_adgen, score
 from glmkit.evaluate.catalogue import TASKS, is_task, is_task_file, make_task
 from glmkit.evaluate.comparison import compared
 from glmkit.evaluate.results import Interval, interval, read_results, read_rows, resampled
@@ -362,7 +362,7 @@ def test_the_paper_preset_cuts_as_the_official_scripts_do(model: Path, tmp_path:
     answers = task.answer(ours, [asked], 0)
     greedy = SamplingOptions(temperature=0.0)
     (ids,) = generate_batch(ours.model, [asked.prompt], greedy, stop_ids=(), max_new_tokens=10, batch_size=1)
-    assert answers == [{"labels": asked.label, "predict": tokenizer.decode(ids).strip()}]
+    assert answers == [{"labels": asked.label, "predict": answer_text(tokenizer, ids)}]
     assert task.notes(answers) == {"empty": 0, "shortened": 1, "labels_cut": 1}
     with pytest.raises(UsageError, match="preset=papers, expected paper"):
         make_adgen(str(data), replace(how, preset="papers"))

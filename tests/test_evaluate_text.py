@@ -275,7 +275,7 @@ def test_cloze_tasks_of_a_folder(models: dict[str, Loaded], tmp_path: Path) -> N
         for number, one in enumerate(texts)
     ]
     task = make_cloze(cloze_file(tmp_path, "COPA", rows), Settings(batch_size=2, extra={"pattern": 1}))
-    assert task.name == "cloze-copa"
+    assert task.name == "cloze"
     items = task.items(loaded)
     found = task.answer(loaded, items, 0)
     wanted = classify(loaded.model, loaded.tokenizer, "copa", items, pattern_id=1, batch_size=5)

@@ -159,6 +159,7 @@ def test_what_differs_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_prefixes_are_seen_in_both_directions(tmp_path: Path) -> None:
     """GLM: two rows of positions, a mask that is given, several blanks in one text."""
     source = tiny_families.write_glm(tmp_path / "source")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 from pathlib import Path
@@ -42,15 +43,17 @@ def gguf(file: Path) -> Path:
 def openvino(folder: Path, *, ours: bool = True, genai: bool = True) -> Path:
     folder.mkdir()
     layers = "".join(
-        f'<layer id="{at}" type="Const">\n<data element_type="{kind}" shape="4, 8" offset="0" size="{size}" />\n</layer>\n'
+        f'<layer id="{at}">\n<data element_type="{kind}" shape="4, 8" offset="0" size="{size}" />\n</layer>'
         for at, (kind, size) in enumerate((("i4", 16), ("f16", 64), ("i4", 16), ("boolean", 1)))
     )
-    (folder / "openvino_model.xml").write_text(f'<?xml version="1.0"?>\n<net name="Model0" version="11">\n{layers}</net>\n')
+    (folder / "openvino_model.xml").write_text(
+        f'<?xml version="1.0"?>\n<net name="Model0" version="11">\n{layers}</net>\n'
+    )
     (folder / "openvino_model.bin").write_bytes(bytes(97))
     if genai:
         (folder / "openvino_tokenizer.xml").write_text("<net/>")
     if ours:
-        said = dict.fromkeys(("tokens", "prompt", "reply", "layout", "sampling", "graph"), {})
+        said = {name: {} for name in ("tokens", "prompt", "reply", "layout", "sampling", "graph")}
         (folder / "runtime").mkdir()
         described = {"schema": 1, "family": "ChatGLM3", "context_tokens": 8192, **said}
         (folder / "runtime" / "runtime.json").write_text(json.dumps(described))
@@ -89,7 +92,8 @@ def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         glmkit.load(file)
 
 
-def test_openvino(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_openvino(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     folder = openvino(tmp_path / "ov")
     assert cli.run(["inspect", str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

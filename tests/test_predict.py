@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,23 @@ def test_a_cut_run_goes_on(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.M
     assert (found.rows, found.answered) == (10, 10 - 2 * BATCHES_PER_UNIT)
     assert calls == [4, 4, 2, 2]
     assert target.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_rows_are_kept_whatever_they_hold(loaded: Loaded, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    half = write(tmp_path / "in.jsonl", [{"prompt": "tea", "note": "line\u2028 next\x85"}])
+    half.write_text(half.read_text(encoding="utf-8") + '{"prompt": "tea", "note": "cut \\ud83d"}\n', encoding="utf-8")
+    predict(loaded, half, tmp_path / "out.jsonl", Settings(max_new_tokens=2))
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line)["note"] for line in lines] == ["line\u2028 next\x85", "cut \ud83d"]
+    parquet.write_table(Table.from_pylist([{"prompt": "tea", "when": datetime(2024, 1, 2)}]), tmp_path / "a.parquet")
+    predict(loaded, tmp_path / "a.parquet", tmp_path / "a.jsonl", Settings(max_new_tokens=2))
+    assert read(tmp_path / "a.jsonl")[0]["when"] == "2024-01-02 00:00:00"
+    parquet.write_table(Table.from_pylist([{"prompt": "tea", "raw": b"a"}]), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="a field holds bytes, which JSON has no form for"):
+        predict(loaded, tmp_path / "b.parquet", tmp_path / "b.jsonl", Settings())
 
 
 def test_calls_of_tools_and_rows_that_do_not_fit(

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from glmkit.engine.layout import layout_for
 from glmkit.errors import CheckpointError, ContextLengthError, GenerationError, OutputError, UsageError
 from glmkit.export.runtime_data import random_conversation, random_text, write_runtime_data
 from glmkit.loading import Loaded, load
+from glmkit.runtime import terminal
 from glmkit.runtime.answering import Model
 from glmkit.runtime.folder import FILE, FOLDER, read_description
 from glmkit.runtime.prompts import Said
@@ -275,6 +277,29 @@ def test_long_prompts_are_read_in_parts_and_old_turns_left_out(
         list(model.answer("a" * 1100))
     with pytest.raises(UsageError, match="temprature"):
         list(model.answer("a", temprature=1.0))
+
+
+def test_ctrl_c_keeps_what_was_said_and_the_conversation_goes_on(
+    loaded: dict[str, Loaded],
+    open_model: Callable[..., tuple[Model, ScriptedSession]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """ChatGLM2 takes user and assistant in turn: a question without its answer would end the conversation."""
+    model, session = open_model("generation 2", _say(loaded["generation 2"], "I like tea and rice"))
+    session.width = len(model.prompt_ids("x"))
+    talk = terminal._Conversation(model, [], {})
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal, "_ctrl_c", lambda: nullcontext([True]))  # it came with the first piece
+        talk._take("x")
+    cut = talk.messages[-1].content
+    assert talk.messages == [Said("user", "x"), Said("assistant", cut)]
+    assert "I like tea and rice".startswith(cut)
+    assert 0 < len(cut) < 19
+    session.width = len(model.prompt_ids([*talk.messages, Said("user", "y")]))
+    talk._take("y")
+    assert [said.role for said in talk.messages] == ["user", "assistant"] * 2
+    assert capsys.readouterr().out == f"{cut}\nI like tea and rice\n"
 
 
 def test_rows_that_end_leave_the_batch(

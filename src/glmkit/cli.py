@@ -176,6 +176,9 @@ def _describe(error: Exception) -> tuple[str, str | None, int]:
     if isinstance(error, OSError) and error.strerror:
         place = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{place}", None, 1
+    if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers"):
+        hint = f"pip install {error.name}; or glm run, which answers from what glm export wrote, without it"
+        return f"this needs the package {error.name}, which is not installed", hint, 1
     return f"unexpected {type(error).__name__}: {text}", None, 1
 
 

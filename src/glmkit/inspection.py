@@ -22,6 +22,7 @@ from glmkit.quant.memory import memory_per_device
 from glmkit.quant.official import is_quantised_layer
 from glmkit.quant.schemes import FORMS, Form, scheme_of
 from glmkit.registration import LANGUAGE_MODELS
+from glmkit.runtime.exported import describe
 from glmkit.weights import check_model, empty_model, own_names
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -30,7 +31,7 @@ Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 def inspect(
     name: str, *, context_tokens: int | None = None, batch: int = 1, devices: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """Describes a folder, or a family that is not on this machine (from its released sizes).
+    """Describes a folder, or a family that is not on this machine (from its released sizes); or an exported model.
 
     Args:
         name: A folder, family name or hub id. Nothing is fetched.
@@ -41,13 +42,16 @@ def inspect(
     Returns:
         Plain values ready for JSON: family, source, config, parameters, dtypes, stored_bytes, tensors (name, shape,
         dtype) and memory_bytes per weight format, each with weights, kv_cache (float16) and total; and
-        memory_per_device_bytes: number of devices -> the same for each of them, tensor-parallel.
+        memory_per_device_bytes: number of devices -> the same for each of them, tensor-parallel. Of an exported model
+        what `glmkit.runtime.exported.describe` says.
 
     Raises:
         UsageError: Unknown name.
         DownloadError: A hub id that is not on this machine.
         CheckpointError, ConfigError: The folder cannot be loaded.
     """
+    if (exported := describe(name)) is not None:
+        return exported
     family = choose_family(name)
     try:
         location = locate(name, hub={"local_files_only": True})  # nobody looks at a model to fetch gigabytes

@@ -33,6 +33,7 @@ from glmkit.quant.bitsandbytes import BITS, bitsandbytes
 from glmkit.quant.linear import pack_large_model, pack_model
 from glmkit.quant.schemes import scheme_of
 from glmkit.registration import LANGUAGE_MODELS, register
+from glmkit.runtime.exported import refuse
 from glmkit.shards import is_model_parallel, open_model_parallel
 from glmkit.tokenizers import has_tokenizer, load_tokenizer
 from glmkit.weights import Devices, check_model, load_model
@@ -289,10 +290,12 @@ def open_model(location: Path, config: Mapping[str, Any] | None = None) -> Folde
         config: Fields that complete its config.json.
 
     Raises:
+        UsageError: It is an exported model.
         CheckpointError: Everything that is wrong with it.
     """
     if is_model_parallel(location):
         return open_model_parallel(location, config=config)
+    refuse(location)
     folder = open_folder(location)
     folder.config = {**folder.config, **(config or {})}
     return folder

@@ -13,6 +13,7 @@ from typing import Any
 
 from glmkit.errors import GlmkitError, UsageError
 from glmkit.families import FAMILIES, ORGANISATIONS, Family, find_family
+from glmkit.runtime.exported import refuse
 
 # Files worth fetching. The tokenizer's code is read as text for signs of its generation; no python file is ever run.
 _PATTERNS = [
@@ -68,6 +69,7 @@ def locate(
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return folder
+    refuse(folder)  # a .gguf file
     family = find_family(text)
     if family is not None and builtin(family.name).is_dir():
         return builtin(family.name)

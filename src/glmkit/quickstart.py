@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from glmkit.data.records import Record, read_records
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import MissingDependencyError
 from glmkit.evaluate.adgen import METRICS, evaluate_adgen
+from glmkit.evaluate.results import read_rows
 from glmkit.loading import Loaded, load
 from glmkit.location import builtin
 from glmkit.train.progress import Progress
@@ -87,8 +87,7 @@ def _measure(loaded: Loaded, records: list[Record], folder: Path, label: str) ->
             output_dir=folder,
             progress=lambda done, _: bar.update(done),
         )
-    lines = (folder / "generated_predictions.txt").read_text(encoding="utf-8").splitlines()
-    return {"scores": scores, "predictions": [json.loads(line)["predict"] for line in lines]}
+    return {"scores": scores, "predictions": [row["predict"] for row in read_rows(folder)]}
 
 
 def _report(records: list[Record], before: dict[str, Any], after: dict[str, Any], steps: int, seconds: float) -> str:

@@ -129,7 +129,8 @@ class ModelParallelFolder(Folder):
                     raise CheckpointError(
                         shown_path(path),
                         ["the number of attention heads is not in the tensors, and there is no config.json"],
-                        hint='load(..., config={"num_attention_heads": N}), or put a config.json beside `latest`',
+                        hint="glm convert A B --to official --heads N, load(..., config={'num_attention_heads': N});"
+                        " or put a config.json beside `latest`",
                     )
             if self.config and self.partition.family == "glm":
                 self.config.setdefault("gelu", "tanh")  # what the training code computes

@@ -376,9 +376,20 @@ def inspect(
     seed: Annotated[int, typer.Option("--seed", help="GLM, a text without [MASK]: other spans are cut out.")] = 0,
     json_: Json = False,
 ) -> int:
-    """Prints a description of a checkpoint or family, or shows its masks and positions for a text."""
+    """Prints a description of a checkpoint, family or exported model, or shows masks and positions for a text."""
     if text is not None or picture is not None:
         return _show_text(model, text, picture, seed, json_)
+    from glmkit.runtime.exported import FORMATS
+    from glmkit.runtime.exported import describe as describe_exported
+
+    if (exported := describe_exported(model)) is not None:
+        if tensors or devices or context is not None or batch != 1:
+            raise UsageError(
+                f"{model} is an exported model ({FORMATS[exported['exported']]}): nothing can be chosen for it",
+                hint="leave out --tensors, --context, --batch and --devices",
+            )
+        print(json.dumps(exported, ensure_ascii=False, indent=2) if json_ else _described_export(exported))
+        return 0
     from glmkit.inspection import inspect as describe
 
     given = [] if context is None else [("--context", context)]
@@ -703,7 +714,7 @@ def predict(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder, model name or hub id.")] = "glm-nano",
     adapter: Adapter = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first rows.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers written together.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Answers written together.")] = 32,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest answer; 512.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 always takes the likeliest.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="1 is off.")] = 1.0,
@@ -838,6 +849,23 @@ def describe_model(found: dict[str, Any]) -> str:
         listed = [(one["name"], " x ".join(map(str, one["shape"])), one["dtype"]) for one in found["tensors"]]
         lines += ["", table([("tensor", "shape", "dtype"), *listed])]
     return "\n".join(lines)
+
+
+def _described_export(found: dict[str, Any]) -> str:
+    from glmkit.runtime.exported import FORMATS
+
+    context = f"{found['context_tokens']:,} tokens" if found["context_tokens"] else "unknown"
+    weights = ", ".join(f"{kind} {in_units(size)}" for kind, size in found["weights_bytes"].items())
+    return "\n".join(
+        [
+            f"{found['name']}: exported to {FORMATS[found['exported']]}, {found['family'] or 'no known family'}",
+            f"  source      {found['source']}",
+            f"  stored      {in_units(found['stored_bytes'])}",
+            f"  weights     {weights}",
+            f"  context     {context}",
+            "  use         " + "\n              ".join(found["uses"]),
+        ]
+    )
 
 
 def _described_format(found: dict[str, Any]) -> str:
@@ -1116,7 +1144,9 @@ def quantize(
 @_cluster.command("rank-table", cls=_Verb, help="Write the rank table (RANK_TABLE_FILE) of this machine.")
 def cluster_rank_table(
     devices: Annotated[str, typer.Argument(help="First device, and the one behind the last.", metavar="[0,8)")],
-    server_ip: Annotated[str | None, typer.Option("--server-ip", "--server_ip", help="Address of this machine.")] = None,
+    server_ip: Annotated[
+        str | None, typer.Option("--server-ip", "--server_ip", help="Address of this machine.")
+    ] = None,
     device_ip: Annotated[
         list[str] | None,
         typer.Option("--device-ip", help="Once for each device; by default as /etc/hccn.conf says."),
@@ -1259,8 +1289,8 @@ def plan(
     json_: Json = False,
 ) -> int:
     """Prints the plan; a recipe that does not fit is an error that names the nearest settings that do."""
-    from glmkit.train.arguments import Recipe, load_recipe, recipe_names
     from glmkit.devices import free_bytes
+    from glmkit.train.arguments import Recipe, load_recipe, recipe_names
     from glmkit.train.fitting import as_json, check_fits, memory_bytes, model_plans
     from glmkit.train.plan import place_of, plan_training
 

@@ -5,9 +5,11 @@ counted instead of raising. `preset="paper"` cuts as the official scripts do, fo
 
     prompt    the first `source_tokens` ids of the whole prompt, so a long one loses the mark of the answer
     label     the first `max_new_tokens` - 2 ids of the text, decoded again (2 ids are the tokenizer's own)
-    answer    as many tokens as leave source_tokens + max_new_tokens + 1 with the prompt
+    answer    source_tokens + max_new_tokens + 1 less the longest prompt of its 1,000 records: prompts are padded to
+              that, and the length of a text counts the padding, too
 
-Source: ptuning/main.py of ChatGLM-6B and ChatGLM2-6B (behaviour, not code).
+Source: ptuning/main.py of ChatGLM-6B (since May 2023; before, up to 512 with the prompt) and ChatGLM2-6B (behaviour,
+not code).
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ _ROWS_FILE = "generated_predictions.txt"
 _NEW_TOKENS = 256
 _PAPER_TOKENS = 64  # of the prompt, and of the answer: max_source_length and max_target_length of evaluate.sh
 _OWN_IDS = 2  # that the official tokenizers put around a label
+_PADDED_TOGETHER = 1000  # prompts: what `map` of Hugging Face's datasets gives the scripts at once
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Adgen:
         options: SamplingOptions,
         *,
         max_new_tokens: int | None = None,
-        batch_size: int = 8,
+        batch_size: int = 32,
         source_tokens: int | None = None,
         paper: bool = False,
     ) -> None:
@@ -108,6 +111,8 @@ class Adgen:
         self._shortened = self._cut_labels = 0
         ask = self._as_official if self._paper else self._whole
         self._asked = [ask(tokenizer, record) for record in records]
+        if self._paper:
+            self._asked = self._with_official_room(self._asked)
         return self._asked
 
     def answer(
@@ -200,8 +205,18 @@ class Adgen:
         kept = label[: max(0, self._new_tokens - _OWN_IDS)]
         self._shortened += len(prompt) < len(whole)
         self._cut_labels += len(kept) < len(label)
-        room = self._source_tokens + self._new_tokens + 1 - len(prompt)
-        return Asked(prompt, answer_text(tokenizer, kept), room)
+        return Asked(prompt, answer_text(tokenizer, kept), self._new_tokens)
+
+    def _with_official_room(self, asked: Sequence[Asked]) -> list[Asked]:
+        """Answers as long as the scripts let them be."""
+        assert self._source_tokens is not None
+        whole = self._source_tokens + self._new_tokens + 1
+        found: list[Asked] = []
+        for start in range(0, len(asked), _PADDED_TOGETHER):
+            together = asked[start : start + _PADDED_TOGETHER]
+            longest = max(len(one.prompt) for one in together)
+            found += [replace(one, max_new_tokens=whole - longest) for one in together]
+        return found
 
 
 def make_adgen(data: str, how: Settings) -> Adgen:
@@ -343,7 +358,7 @@ def evaluate_adgen(
     *,
     options: SamplingOptions,
     max_new_tokens: int = _NEW_TOKENS,
-    batch_size: int = 8,
+    batch_size: int = 32,
     output_dir: str | Path,
     progress: Callable[[int, int], None] | None = None,
     limit: int | None = None,

@@ -57,14 +57,14 @@ class Cloze:
     multi_token: bool = False
     length_penalty: float = 0.0
     tokens: int = 256
-    batch_size: int = 8
+    batch_size: int = 32
     limit: int | None = None
     rows_file: str = "predictions.jsonl"
 
     @property
     def name(self) -> str:
-        """As in `cloze-rte`."""
-        return f"cloze-{self.task}"
+        """As the catalogue has it, so that results can be measured again; which of them it was is in the notes."""
+        return "cloze"
 
     def items(self, loaded: Loaded) -> list[ClozeExample]:
         """Reads the examples; see `Task.items`."""
@@ -115,7 +115,7 @@ class Cloze:
     def notes(self, rows: Sequence[Row]) -> Mapping[str, Any]:
         """How often each label was right and chosen, and figures that are no mean over rows."""
         labels = [str(label) for label in TASKS[self.task].labels]
-        found: dict[str, Any] = {"pattern": self.pattern}
+        found: dict[str, Any] = {"cloze": self.task, "pattern": self.pattern}
         if TASKS[self.task].patterns[0].words:
             found["right"] = {label: sum(row["label"] == place for row in rows) for place, label in enumerate(labels)}
             found["chosen"] = {label: sum(row["answer"] == place for row in rows) for place, label in enumerate(labels)}

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from glmkit.errors import GlmkitError, UsageError
-from glmkit.evaluate.catalogue import make_task
+from glmkit.evaluate.catalogue import is_task_file, make_task
 from glmkit.evaluate.comparison_page import page
 from glmkit.evaluate.results import Interval, Results, interval, read_results, read_rows, resampled
 from glmkit.evaluate.tasks import Figure, Row, Settings
@@ -30,6 +30,10 @@ from glmkit.writing import write_text_atomic
 __all__ = ["Comparison", "Difference", "compare", "compared"]
 
 MARKDOWN_FILE, PAGE_FILE = "comparison.md", "comparison.html"
+_OTHER_WINDOWS = (
+    "the text was cut into other windows, by another vocabulary, window or stride, so there are no items in common. "
+    "Perplexities of a token say nothing about models with different vocabularies; bits_per_byte of the whole text does"
+)
 _EXAMPLES = 5  # items shown for each side of a pair
 _SHOWN_CHARACTERS = 300  # of a field of an item
 
@@ -126,6 +130,8 @@ def compared(paths: Sequence[str | Path]) -> Comparison:
     names = tuple(string.ascii_uppercase[: len(paths)])
     folders = tuple(str(path) for path in paths)
     settings = _different(results)
+    if any(_windows(own) != _windows(rows[0]) for own in rows[1:]):
+        return Comparison(names, folders, tuple(results), {}, [], settings, _OTHER_WINDOWS)
     try:
         figures = [_figures(one, own) for one, own in zip(results, rows)]
     except (GlmkitError, LookupError, TypeError, ValueError) as error:
@@ -156,6 +162,8 @@ def _check_same(
             f"{path} was measured with other data than {first_path} (their sha256 differ): expected the same items",
             hint="evaluate one of the models again with the data of the other",
         )
+    if _windows(first_rows) != _windows(rows):  # the same text, cut otherwise
+        return
     if first.items != other.items:
         raise UsageError(
             f"{first_path} has {first.items} items and {path} has {other.items}: expected the same items",
@@ -170,13 +178,21 @@ def _check_same(
             )
 
 
+def _windows(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """Which part of a text each window is; empty if items are no windows."""
+    size = ("first_token", "tokens", "bytes", "words")
+    return [tuple(row.get(name) for name in size) for row in rows if "tokens" in row and "loss" in row]
+
+
 def _figures(results: Results, rows: Sequence[Row]) -> dict[str, Figure]:
     """The figures of a task by name, from its rows."""
     known = {one.name for one in fields(Settings)}
     settings = {name: value for name, value in results.settings.items() if name in known}
     if "subjects" in settings:
         settings["subjects"] = tuple(settings["subjects"])
-    task = make_task(results.task, (results.data or {}).get("path"), Settings(**settings))
+    data = (results.data or {}).get("path")
+    name = data if data is not None and is_task_file(data) else results.task
+    task = make_task(name, data, Settings(**settings))
     return {figure.name: figure for figure in task.figures(rows)}
 
 

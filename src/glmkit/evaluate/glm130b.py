@@ -59,6 +59,11 @@ class _Described:
         self.name = said.name
         self.batch_size = how.batch_size
 
+    @property
+    def files(self) -> list[Path]:
+        """The data, which stands beside the task file."""
+        return [file for _, file in data_files(self.said, self.folder)]
+
     def rendering(self, loaded: Loaded) -> Rendering:
         """How texts become rows of this model."""
         said = self.said

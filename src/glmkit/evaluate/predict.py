@@ -9,10 +9,13 @@ OUTPUT.parts until all rows are there.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, time
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -140,7 +143,7 @@ class _Predict:
                 if isinstance(row, Unreadable):
                     raise DataError(row.reason)
                 messages = read_question(row, self._how)
-                questions.append(self._question(loaded, row, messages))
+                questions.append(self._question(loaded, _as_json(row), messages))
             except DataError as error:
                 problems.append(f"{where}: {error.message}")
         if problems:
@@ -196,6 +199,17 @@ class _Predict:
     def notes(self, rows: Sequence[Row]) -> Mapping[str, Any]:
         """None."""
         return {}
+
+
+def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with values that JSON has: times of Parquet files become text."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, (date, time, Decimal)):
+            return str(value)
+        raise DataError(f"a field holds {type(value).__name__}, which JSON has no form for")
+
+    return dict(json.loads(json.dumps(row, default=text)))
 
 
 def read_question(row: Any, how: Settings) -> tuple[Message, ...]:

@@ -148,7 +148,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     file = folder / results.rows_file
     try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # splitlines would also cut at U+2028
+        rows = [json.loads(line) for line in lines]
     except (OSError, ValueError):
         raise DataError(f"{file} cannot be read", hint="evaluate again") from None
     if len(rows) != results.items:

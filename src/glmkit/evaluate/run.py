@@ -1,7 +1,7 @@
 """Runs a task: shares its items, writes rows as they come, goes on after a cut, and says what all of them mean.
 
     items        the same list in every process
-    units        of batch_size x 8 items, by their numbers alone: unit k has the items from k x size on
+    units        of batch_size x 4 items, by their numbers alone: unit k has the items from k x size on
     answers      unit k is answered by process k modulo their number, whole, with the same neighbours in its batches,
                  so its rows are the same whoever answers it
     parts        part-RANK.jsonl gets a line for each unit as soon as it is answered
@@ -36,7 +36,7 @@ from glmkit.loading import Loaded
 from glmkit.parallel import Ranks
 from glmkit.writing import write_text_atomic
 
-BATCHES_PER_UNIT = 8  # long enough to sort by length, short enough to lose little when cut
+BATCHES_PER_UNIT = 4  # long enough to sort by length, short enough to lose little when cut
 _IDENTITY_FILE = "evaluation.json"
 _PACKAGES = ("glmkit", "torch", "transformers", "tokenizers", "numpy", "jieba")
 _HASHED_NUMBERS = 64  # of each tensor; a model that was trained or merged differs in the first ones too
@@ -67,6 +67,7 @@ def run(
     limit: int | None = None,
     identity: Mapping[str, Any] | None = None,
     data: str | Path | None = None,
+    data_files: Sequence[str | Path] = (),
     ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
@@ -81,6 +82,7 @@ def run(
         identity: What else a call that goes on must have in common, such as dtype and adapter. Weights and items are
             compared in any case.
         data: Path of the data, whose hash is noted.
+        data_files: Files that belong to it and stand elsewhere; they are hashed with it.
         ranks: The processes of this run; None: this one alone.
         progress: Called with how many items are done and how many this process will have seen at the end.
 
@@ -116,9 +118,9 @@ def run(
                 adapter=_plain(loaded.adapter),
                 settings=json.loads(json.dumps({"batch_size": task.batch_size, **settings}, default=_plain)),
                 seed=settings.get("seed"),
-                command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                command=_command(),
                 versions=_versions(),
-                data=None if data is None else {"path": str(data), "sha256": data_hash(data)},
+                data=None if data is None else {"path": str(data), "sha256": data_hash(data, *data_files)},
                 items=len(items),
                 rows_file=task.rows_file,
                 processes=ranks.degree,
@@ -181,14 +183,14 @@ def answer_items(
                 report = None if progress is None else _shifted(progress, seen, total)
                 rows = task.answer(loaded, members, first, report)
                 seen += len(members)
-                lines.write(json.dumps({"first": first, "rows": rows}, ensure_ascii=False) + "\n")
+                lines.write(_line({"first": first, "rows": rows}))
                 lines.flush()
     group.wait()
     done = _earlier(folder, rows_file, size, len(items))
     rows = [row for first in sorted(done) for row in done[first]]
     group.wait()  # nobody joins the parts before all have read them
     if ranks.rank == 0:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(map(_line, rows))
         write_text_atomic(rows_file, text)
         for part in _parts(folder):
             part.unlink()
@@ -231,6 +233,16 @@ class _Group:
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
+
+
+def _line(row: Row) -> str:
+    """A row as a line of JSON."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which a record may have and UTF-8 has not
+        text = json.dumps(row)
+    return text + "\n"
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -341,11 +353,12 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def data_hash(path: str | Path) -> str:
+def data_hash(path: str | Path, *others: str | Path) -> str:
     """Hashes a file, or the names and contents of all files of a folder.
 
     Args:
         path: File or folder.
+        *others: Files whose contents count, too.
 
     Returns:
         SHA-256, 64 hexadecimal digits.
@@ -357,7 +370,7 @@ def data_hash(path: str | Path) -> str:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     try:
-        for file in files:
+        for file in [*files, *map(Path, others)]:
             if path.is_dir():
                 digest.update(f"{file.relative_to(path).as_posix()}\n".encode())
             with open(file, "rb") as stream:
@@ -391,6 +404,12 @@ def _model(loaded: Loaded, weights: str) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": str(loaded.device),
     }
+
+
+def _command() -> str:
+    """What was typed."""
+    name = Path(sys.argv[0]).name
+    return shlex.join([*(("python", "-m", "glmkit") if name == "__main__.py" else (name,)), *sys.argv[1:]])
 
 
 def _versions() -> dict[str, str]:

@@ -112,7 +112,7 @@ class Settings:
         extra: What a single task knows beyond these.
     """
 
-    batch_size: int = 8
+    batch_size: int = 32
     max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0

@@ -60,7 +60,7 @@ class TextPerplexity:
     path: Path
     window: int | None = None
     stride: int | None = None
-    batch_size: int = 8
+    batch_size: int = 32
     limit: int | None = None
     name: str = "perplexity"
     rows_file: str = "predictions.jsonl"
@@ -156,7 +156,7 @@ class LastWords:
     """
 
     path: Path
-    batch_size: int = 8
+    batch_size: int = 32
     limit: int | None = None
     name: str = "lambada"
     rows_file: str = "predictions.jsonl"

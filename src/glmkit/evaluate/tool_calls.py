@@ -116,7 +116,7 @@ class ToolCalls:
         options: SamplingOptions = _GREEDY,
         *,
         max_new_tokens: int | None = None,
-        batch_size: int = 8,
+        batch_size: int = 32,
     ) -> None:
         self.batch_size = batch_size
         self._read, self._options, self._new_tokens = read, options, max_new_tokens or _NEW_TOKENS
@@ -253,7 +253,7 @@ def evaluate_tool_calls(
     *,
     options: SamplingOptions = _GREEDY,
     max_new_tokens: int = _NEW_TOKENS,
-    batch_size: int = 8,
+    batch_size: int = 32,
     limit: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:

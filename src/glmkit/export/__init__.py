@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmkit.errors import UsageError
+from glmkit.runtime.exported import refuse
 
 if TYPE_CHECKING:
     from glmkit.export.folders import Converted
@@ -94,6 +95,12 @@ def convert(
                 f"{name}={value} and to={to!r}: {name} is told only for to={' or '.join(map(repr, _TAKES[name]))}",
                 hint=f"leave out {name}",
             )
+    if to not in _TAKES["like"] and Path(source).expanduser().is_file():
+        refuse(source)
+        raise UsageError(
+            f"{source} is a bare file of weights, and to={to!r} takes a folder",
+            hint="first: glm convert SRC FOLDER --to official --like DIR",
+        )
     return _FORMS[to](source, target, given | {"overwrite": overwrite})
 
 

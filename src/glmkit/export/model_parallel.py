@@ -27,8 +27,11 @@ from glmkit.export.numbers import chosen_dtype, dtype_names, recast
 from glmkit.export.official import SHARD_BYTES, Result
 from glmkit.export.proof import compare, require
 from glmkit.export.sources import read_one
+from glmkit.location import locate
+from glmkit.models.architectures import is_native_layout
 from glmkit.models.partition import Partition, ranges
 from glmkit.quant.official import is_quantised_layer, quantize_rows
+from glmkit.runtime.exported import refuse
 from glmkit.shards import TRACKERS, ModelParallelFolder, is_model_parallel, open_model_parallel, rank_file
 from glmkit.writing import write_bytes_atomic, write_folder, write_text_atomic
 
@@ -219,7 +222,15 @@ def _proven(
 def _open(source: str | os.PathLike[str], dequantize: bool) -> Folder:
     if is_model_parallel(source):
         return open_model_parallel(source, needs_config=False, dequantize=dequantize)
-    return open_folder(source, weights=MODEL_WEIGHTS)
+    location = locate(source)
+    refuse(location)
+    folder = open_folder(location, weights=MODEL_WEIGHTS)
+    if is_native_layout(folder.config):
+        folder.close()
+        raise UsageError(
+            f"{shown_path(location)} is in transformers' own layout", hint="first: glm convert SRC FOLDER --to official"
+        )
+    return folder
 
 
 def _quantised(folder: Folder) -> UsageError:
@@ -271,7 +282,7 @@ def _write(
             torch.save({"module": shard, **beside}, place / rank_file(rank))
             shard.clear()  # its memory goes before the next is made
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError, as is too deep a nesting
-        raise OutputError(f"cannot write {shown_path(place)}: {error}") from error
+        raise OutputError(f"cannot write {shown_path(place)}: {error}", hint="is there space on the disk?") from error
     for tracker in TRACKERS if partition.family == "glm" else TRACKERS[:1]:
         write_text_atomic(new / tracker, iteration)
 

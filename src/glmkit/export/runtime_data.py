@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from glmkit import __version__
 from glmkit.chat.blocks import Blocks
 from glmkit.chat.choices import choose, official_sampling
 from glmkit.chat.messages import ROLES, Message
@@ -75,7 +75,7 @@ def write_runtime_data(
     (place / tokens["file"]).write_bytes(content)
     described = {
         "schema": SCHEMA,
-        "glmkit": __version__,
+        "glmkit": version("glmkit"),
         "family": _name(tokenizer),
         "graph": dict(graph),
         "context_tokens": config.max_position_embeddings,

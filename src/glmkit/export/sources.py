@@ -16,6 +16,7 @@ from glmkit.location import locate
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm130b_config import GLM130BConfig
 from glmkit.models.glm_config import GLMConfig
+from glmkit.runtime.exported import refuse
 
 
 def open_source(path: str | Path, *, like: str | Path | None = None, config: Mapping[str, Any] | None = None) -> Folder:
@@ -35,6 +36,7 @@ def open_source(path: str | Path, *, like: str | Path | None = None, config: Map
     """
     file = Path(path).expanduser()
     if file.is_file():
+        refuse(file)
         return StateFile(file, locate(like) if like is not None else file.parent)
     if like is not None:
         raise UsageError(f"like={str(like)!r} is for a bare file of weights; {path} is a folder", hint="leave it out")

@@ -31,6 +31,7 @@ from glmkit.writing import ShapedTensor, save_tensors
 
 SUFFIXES = (".safetensors", ".pth", ".bin", ".npz", ".ckpt")
 """Endings of the files that are read and written."""
+_HEADER_BYTES = 10_000  # of a table of numpy's; what it takes itself
 _ALIGNED_BYTES = 64  # where torch lets numbers begin
 _STORAGES = {
     torch.float64: torch.DoubleStorage,
@@ -95,6 +96,10 @@ class StateFile(Folder):
             name = official_name(stored)
             if name is None:
                 self.left_out.append(stored)
+            elif name in self._stored:
+                self.close()
+                twice = f"{printable(self._stored[name])} and {printable(stored)} are names of the same tensor"
+                raise CheckpointError(shown_path(file), [twice])
             else:
                 self._stored[name] = stored
                 self.tensors[name] = TensorInfo(name, info.shape, info.dtype, info.file, info.offset_bytes, info.stride)
@@ -164,6 +169,9 @@ class _NumpyTable:
         name = entry.filename.removesuffix(".npy")
         with self._file.open(entry) as member:
             version = np.lib.format.read_magic(member)
+            _check_header_size(version, member.read(2 if version == (1, 0) else 4))
+        with self._file.open(entry) as member:
+            np.lib.format.read_magic(member)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, kind = read(member)
             position = member.tell()
@@ -173,7 +181,15 @@ class _NumpyTable:
         info = TensorInfo(name, tuple(map(int, shape)), dtype, self.path.name, 0)
         if entry.file_size - position != info.nbytes:
             raise ValueError(f"{printable(name)} has {entry.file_size - position} bytes, expected {info.nbytes}")
+        if name in self.tensors:
+            raise ValueError(f"{printable(name)} stands there twice")
         self.tensors[name] = info
+
+
+def _check_header_size(version: tuple[int, int], stored: bytes) -> None:
+    """numpy reads a header before it looks at its size, and some kilobytes of a zip can say gigabytes."""
+    if version not in ((1, 0), (2, 0), (3, 0)) or int.from_bytes(stored, "little") > _HEADER_BYTES:
+        raise ValueError(f"a header of {int.from_bytes(stored, 'little')} bytes, version {version}")
 
 
 # --- writing ---

@@ -9,7 +9,7 @@ for piece in model.answer("你好"):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,9 @@ class Model:
         ids = self.prompts.ids(_messages(messages))
         return [*ids, self.description.reply["sop_id"]] if self.fills_blanks else ids
 
-    def answer(self, messages: str | Sequence[Message], *, stop: Sequence[str] = (), **settings: Any) -> Iterator[str]:
+    def answer(
+        self, messages: str | Sequence[Message], *, stop: Sequence[str] = (), **settings: Any
+    ) -> Generator[str, None, None]:
         """Answers; afterwards `last` has all of it.
 
         Args:
@@ -107,22 +109,24 @@ class Model:
             return
         prompt, answer.dropped_turns = self._fitting(said, limits)
         replying, ending, shown = Replying(self._form()), StopText(stop), _Shown(self.description.reply["text_tools"])
-        for token, reason in stream(self.session, self.layout, prompt, sampling, limits):
-            if reason != "stop":
-                answer.token_ids.append(token)
-            deltas = replying.push(token)
-            if reason:
-                deltas += replying.finish()
-            text = ending.push("".join(map(shown.piece, deltas))) + (ending.finish() if reason else "")
-            answer.text += text
-            answer.finish_reason = "stop" if ending.stopped else reason
-            if text:
-                yield text
-            if ending.stopped:
-                break
-        answer.messages = [Said("assistant", content, header) for content, header in replying.finished]
-        if ending.stopped:
-            answer.messages = [Said("assistant", answer.text)]
+        try:
+            for token, reason in stream(self.session, self.layout, prompt, sampling, limits):
+                if reason != "stop":
+                    answer.token_ids.append(token)
+                deltas = replying.push(token)
+                if reason:
+                    deltas += replying.finish()
+                text = ending.push("".join(map(shown.piece, deltas))) + (ending.finish() if reason else "")
+                answer.text += text
+                answer.finish_reason = "stop" if ending.stopped else reason
+                if text:
+                    yield text
+                if ending.stopped:
+                    break
+        finally:  # a reader may leave early; what was read is kept, so that a conversation can go on
+            answer.messages = [Said("assistant", content, header) for content, header in replying.finished]
+            if ending.stopped or (answer.finish_reason is None and answer.text):
+                answer.messages = [Said("assistant", answer.text)]
 
     def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
         """Generates ids behind ids, for several rows at once.

@@ -165,10 +165,12 @@ def open_session(folder: Path, graph: dict[str, Any], threads: int | None = None
         threads: How many compute; None: as many as the engine thinks fit.
 
     Raises:
-        UsageError: There is no such engine.
+        UsageError: There is no such engine, or no thread to compute.
         MissingDependencyError: It is not installed.
         OutputError: It cannot open the file.
     """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads={threads}: expected at least 1")
     path = folder / graph["file"]
     if graph["engine"] == "openvino":
         return OpenVINOSession(path, threads)

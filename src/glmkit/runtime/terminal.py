@@ -99,16 +99,18 @@ class _Conversation:
         elif line:
             asked = [*self.messages, Said("user", line)]
             _show(self.model, [*self.before, *asked], self.settings)
-            if not self.model.fills_blanks:
+            if self.model.last.messages and not self.model.fills_blanks:  # none: it was cut before it began
                 self.messages = [*asked, *self.model.last.messages]
 
 
 def _show(model: Model, messages: Sequence[Said], settings: dict[str, Any]) -> None:
     with _ctrl_c() as asked:
-        for piece in model.answer(messages, **settings):
+        pieces = model.answer(messages, **settings)
+        for piece in pieces:
             print(_CONTROL.sub("", piece), end="", flush=True)
             if asked:
                 break
+        pieces.close()
     print(flush=True)
     if model.last.dropped_turns:
         _notice(f"[the oldest {model.last.dropped_turns} turns do not fit into the context and were left out]")

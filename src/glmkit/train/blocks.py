@@ -551,10 +551,11 @@ class EvaluateBlock(Block):
 
     task: str
     """adgen, tools, ceval, cmmlu, mmlu, gsm8k, perplexity, lambada, cloze, or a task file of GLM-130B's form."""
-    per_device_eval_batch_size: int = Field(8, ge=1)
+    per_device_eval_batch_size: int = Field(32, ge=1)
     """Answers written together."""
     max_target_length: int | None = Field(None, ge=1)
-    """Longest answer in tokens; none: the task's own, 256 for adgen and tools. Labels are never cut."""
+    """Longest answer in tokens; none: the task's own, 256 for adgen and tools. Labels are
+    cut with the preset paper only."""
     temperature: float = Field(0.0, ge=0)
     """0 always takes the likeliest token; the official scripts have 0.95."""
     top_p: float = Field(1.0, ge=0, le=1)
@@ -592,7 +593,7 @@ class EvaluationRecipe(WholeRecipe):
 
     model: ModelBlock
     """The model, and the adapter if there is one."""
-    data: EvaluationData
+    data: EvaluationData = EvaluationData()
     """What to ask."""
     evaluate: EvaluateBlock
     """How to answer, and what to measure."""

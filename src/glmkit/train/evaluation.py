@@ -78,6 +78,7 @@ def evaluate(
             limit=how.limit,
             identity={key: getattr(recipe.model, key) for key in ("adapter", "dtype", "quantize")},
             data=recipe.evaluate.task if is_task_file(recipe.evaluate.task) else recipe.data.file,
+            data_files=getattr(task, "files", ()),
             ranks=ranks,
             progress=lambda done, total: bar.update(done, total=total),
         )

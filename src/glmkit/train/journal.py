@@ -205,7 +205,7 @@ def _summary(steps: Sequence[Figures]) -> Figures:
 def _read_lines(path: Path) -> list[Any]:
     """Read lines of JSON; a last one that a kill cut short is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines
