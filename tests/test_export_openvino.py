@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,7 +15,9 @@ import torch
 import glmkit
 import tiny
 import tiny_families
+from glmkit.engine.decode import stream
 from glmkit.engine.layout import layout_for
+from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import UsageError
 from glmkit.export.constants import Packed, open_weights
 from glmkit.export.graph import Exported, inputs_at, inputs_of
@@ -26,6 +29,7 @@ pytest.importorskip("openvino_tokenizers")
 from glmkit.export import openvino as exporter
 from glmkit.runtime.session import OpenVINOSession, load_openvino
 
+GREEDY = SamplingOptions(temperature=0)
 PREFIX = 6
 
 
@@ -88,6 +92,25 @@ def test_prefix_is_in_the_state_and_changes_answers(tuned: Path, exported: Expor
     with torch.inference_mode():
         other = model(input_ids=ids).logits[0, -1].numpy()
     assert np.abs(found[0] - other).max() > 1e-3
+
+
+def test_llm_pipeline_goes_on_as_the_engine_does(exported: Exported, tuned: Path) -> None:
+    """OpenVINO's own program, with no torch in its process, from the ids of a prompt; the prefix is in the state."""
+    pytest.importorskip("openvino_genai")
+    ids = list(range(20, 33))
+    code = """
+import json, sys
+sys.modules["openvino_telemetry"] = sys.modules["torch"] = sys.modules["transformers"] = None
+import numpy, openvino, openvino_genai
+exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "ATTENTION_BACKEND": "SDPA"}
+pipe = openvino_genai.LLMPipeline(sys.argv[1], "CPU", **exact)
+config = openvino_genai.GenerationConfig(max_new_tokens=12, do_sample=False, ignore_eos=True)
+print(pipe.generate(openvino.Tensor(numpy.array([json.loads(sys.argv[2])])), config).tokens[0])
+"""
+    command = [sys.executable, "-c", code, exported.path, str(ids)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    steps = stream(glmkit.load(tuned, dtype="float32").model, ids, GREEDY, stop_ids=(), max_new_tokens=12)
+    assert json.loads(said) == [step.token_id for step in steps]
 
 
 def test_attention_is_fused_with_the_cache(exported: Exported) -> None:

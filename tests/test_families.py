@@ -23,8 +23,10 @@ from glmkit import cli
 from glmkit.engine.cache import new_cache
 from glmkit.engine.decode import generate_batch, stream
 from glmkit.engine.layout import layout_for
+from glmkit.engine.probe import probe_logits
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import CheckpointError, ConfigError
+from glmkit.export.constants import open_weights
 from glmkit.families import FAMILIES as ROWS
 from glmkit.quant.official import is_quantised_layer
 from glmkit.terminal import printable
@@ -106,6 +108,15 @@ def until_stop(ids: Sequence[int], stop_ids: frozenset[int]) -> list[int]:
 
 
 # --- doors ---
+
+
+def test_a_model_that_holds_one_block_at_a_time_computes_the_same(made: Made) -> None:
+    with open_weights(made.folder) as weights:
+        model = weights.model()
+        found = probe_logits(model)
+        blocks = next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList))
+        assert all(parameter.is_meta for parameter in blocks.parameters())
+    assert torch.equal(found, probe_logits(made.loaded.model))
 
 
 @pytest.mark.parametrize("trusted", [False, True])

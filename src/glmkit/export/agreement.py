@@ -1,7 +1,8 @@
 """An exported graph says what its source says: asked of both, in processes of their own.
 
-The source computes the next tokens of two rows, one of them padded, in float32 and without a cache; a process without
-torch feeds the graph with the same rows: the prompts in one piece, then token after token.
+The source computes the next tokens of two rows, one of them padded, in float32 and without a cache; a large one holds
+one block at a time. A process without torch feeds the graph with the same rows: the prompts in one piece, then token
+after token.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from glmkit.export.fresh import in_new_process
 from glmkit.export.graph import inputs_at, skeleton
 from glmkit.loading import load
 
-_COMPARED_BYTES = 4 * 10**9  # of a source that is loaded to be compared with; of a larger one the graph is only run
+_WHOLE_BYTES = 4 * 10**9  # of a source that is loaded whole; a larger one computes block after block
 _LIMIT = 1e-4  # for float weights, which are only added up in another order
 _PADS, _STEPS = 5, 3
 
@@ -48,16 +49,19 @@ def disagreement(
         exact: Whether the graph has the numbers of the source, so that it must agree.
 
     Returns:
-        Distance of the logits, relative to their size; None where the source is too large to be loaded beside it, and
-        it was only seen that the graph runs and gives finite numbers.
+        Distance of the logits, relative to their size; None for a large source with a prefix, where it was only seen
+        that the graph runs and gives finite numbers.
 
     Raises:
         OutputError: The graph cannot be opened, or does not agree.
     """
-    compared = weights.folder.nbytes <= _COMPARED_BYTES
-    model = skeleton(weights.config)
-    if compared:
+    compared = True
+    if weights.folder.nbytes <= _WHOLE_BYTES:
         model = load(weights.location, adapter, "float32", "cpu", kernels="torch", family=family).model
+    elif weights.prefix_tokens:  # what computes block after block has none
+        model, compared = skeleton(weights.config), False
+    else:
+        model = weights.model()
     prompt = probe_ids(weights.config)
     further = [token + 1 for token in prompt[:_STEPS]]
     ids = torch.tensor([[*prompt, *further], [*prompt[:1] * _PADS, *prompt[_PADS:], *further[::-1]]])

@@ -9,7 +9,7 @@ and norms stay. A checkpoint that is quantised already keeps its numbers, bit fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,19 +89,13 @@ class Weights:
         Raises:
             UsageError: The checkpoint is quantised already, or a layer has no such form.
         """
-        forms = self.forms(weights)
-        stored = {own: name for name, own in self.names.items() if ".prefix_encoder." not in f".{own}"}
+        forms, stored = self.forms(weights), self._stored
         distance = norm = 0.0
-        for own, name in stored.items():
+        for own in stored:
             if own.endswith("_scale") and own.removesuffix("_scale") in stored:
                 continue
-            [(_, tensor)] = self.folder.read([name])
-            if f"{own}_scale" in stored:
-                [(_, scale)] = self.folder.read([stored[f"{own}_scale"]])
-                yield own, Packed(tensor, scale, self._bits(own))
-                continue
-            tensor = self._merged(own, tensor)
-            if own not in forms:
+            tensor = self._one(own)
+            if own not in forms or isinstance(tensor, Packed):
                 yield own, tensor
                 continue
             packed = Packed(*forms[own].quantize(tensor), forms[own].bits)
@@ -112,6 +106,41 @@ class Weights:
                 norm += float(exact.square().sum())
             yield own, packed
         self.error = (distance / norm) ** 0.5 if norm else None
+
+    def model(self) -> Any:
+        """The float32 model without its prefix, which holds one block at a time.
+
+        A block reads its weights when it is its turn, and gives them back: the model takes the memory of the embedding,
+        the output layer and one block. It computes while the checkpoint is open.
+        """
+        model = skeleton(self.config)
+        blocks = next(one for one in model.modules() if isinstance(one, torch.nn.ModuleList))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one has one name
+        inside = {id(parameter) for parameter in blocks.parameters()}
+
+        def fill(module: torch.nn.Module, wanted: Callable[[Tensor], bool]) -> None:
+            for part in module.modules():
+                for leaf, parameter in part._parameters.items():
+                    if parameter is not None and id(parameter) in names and wanted(parameter):
+                        weight = self._one(names[id(parameter)])
+                        if isinstance(weight, Packed):
+                            weight = dequantize(weight.weight, weight.scale, weight.bits)
+                        part._parameters[leaf] = torch.nn.Parameter(weight.float(), requires_grad=False)
+
+        def lend(block: torch.nn.Module) -> None:
+            empty = [(part, dict(part._parameters)) for part in block.modules()]
+
+            def give_back(*_: object) -> None:
+                for part, parameters in empty:
+                    part._parameters.update(parameters)
+
+            block.register_forward_pre_hook(lambda module, _: fill(module, lambda one: one.is_meta))
+            block.register_forward_hook(give_back)
+
+        for block in blocks:
+            lend(block)
+        fill(model, lambda parameter: id(parameter) not in inside)
+        return model
 
     def prefix(self) -> list[Tensor] | None:
         """Keys and values in front of each layer's own, (1, K, P, D) float32, ordered as a graph's past; or None."""
@@ -163,6 +192,20 @@ class Weights:
         output = model.get_output_embeddings()
         tables |= set() if output is None else {id(output.weight)}
         return forms | {name: FORMS["int8"] for name, one in model.named_parameters() if id(one) in tables}
+
+    @property
+    def _stored(self) -> dict[str, str]:
+        """Name in the model -> stored name, without those of a prefix."""
+        return {own: name for name, own in self.names.items() if ".prefix_encoder." not in f".{own}"}
+
+    def _one(self, own: str) -> Tensor | Packed:
+        """One weight: merged, or quantised as it is stored."""
+        stored = self._stored
+        [(_, tensor)] = self.folder.read([stored[own]])
+        if f"{own}_scale" not in stored:
+            return self._merged(own, tensor)
+        [(_, scale)] = self.folder.read([stored[f"{own}_scale"]])
+        return Packed(tensor, scale, self._bits(own))
 
     def _bits(self, name: str) -> int:
         """Of a weight that is stored quantised."""

@@ -93,7 +93,7 @@ def write_graph(model: Any, opened: Weights, path: Path, weights: str | None = N
 def _notes(opened: Weights, weights: str | None, size: int, difference: float | None) -> list[str]:
     notes = []
     if difference is None:
-        notes.append("the source is too large to be loaded beside the graph: it ran, and was not compared")
+        notes.append("the source is large and has a prefix: the graph ran, and was not compared")
     if opened.quantised is not None:
         notes.append(f"the source is quantised to {opened.quantised}: its numbers were taken as they are")
     if opened.error is not None:

@@ -79,7 +79,7 @@ def export(
         nbytes = sum(file.stat().st_size for file in new.rglob("*") if file.is_file())
         notes += _about_weights(opened, weights, nbytes)
         if found is None:
-            notes.append("the source is too large to be loaded beside the graph: it ran, and was not compared")
+            notes.append("the source is large and has a prefix: the graph ran, and was not compared")
     return Exported(str(target), nbytes, notes, found)
 
 
