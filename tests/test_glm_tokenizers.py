@@ -430,7 +430,7 @@ def test_saved_copied_and_pickled_it_is_the_same(folders: dict[str, Path], kind:
     CLASSES[kind].from_pretrained(tmp_path).save_pretrained(again)
     for path in tmp_path.iterdir():
         assert path == again or (again / path.name).read_bytes() == path.read_bytes()
-    for name, data in tokenizer._vocabulary.files.items():
+    for name, data in tokenizer.vocabulary.files.items():
         assert data == (folders[kind] / name).read_bytes()
 
 
