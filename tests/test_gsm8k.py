@@ -16,7 +16,7 @@ import tiny
 from glmkit.engine.decode import stream
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError, UsageError
-from glmkit.evaluate import gsm8k
+from glmkit.evaluate import gsm8k, tasks
 from glmkit.evaluate.gsm8k import EXAMPLES, find_number, make_gsm8k, read_problems
 from glmkit.evaluate.results import read_rows
 from glmkit.evaluate.run import run
@@ -113,7 +113,7 @@ def test_rows_and_figures(tmp_path: Path, loaded: Loaded, monkeypatch: pytest.Mo
         how["progress"](3, 3)
         return [tiny.say(loaded.tokenizer, text, end=None) for text in said]
 
-    monkeypatch.setattr(gsm8k, "generate_batch", generate)
+    monkeypatch.setattr(tasks, "generate_batch", generate)
     task = make_gsm8k(str(write(tmp_path)), Settings(shots=0, seed=5, temperature=0.5, max_new_tokens=99))
     counted: list[int] = []
     rows = task.answer(loaded, task.items(loaded), 8, counted.append)

@@ -14,7 +14,7 @@ from glmkit import cli
 from glmkit.chat.messages import Message
 from glmkit.chat.templates import answer_ids
 from glmkit.errors import DataError, OutputError, UsageError
-from glmkit.evaluate import predict as module
+from glmkit.evaluate import tasks
 from glmkit.evaluate.predict import predict, read_question
 from glmkit.evaluate.run import BATCHES_PER_UNIT
 from glmkit.evaluate.tasks import Settings
@@ -98,7 +98,7 @@ def test_a_cut_run_goes_on(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.M
     source = write(tmp_path / "in.jsonl", [{"content": "tea " * (1 + number % 4)} for number in range(10)])
     how = Settings(batch_size=1, max_new_tokens=4, temperature=1.0, seed=1)
     predict(loaded, source, tmp_path / "whole.jsonl", how)
-    real, calls = module.generate_batch, []
+    real, calls = tasks.generate_batch, []
 
     def cut(*arguments: Any, **options: Any) -> Any:
         calls.append(len(arguments[1]))
@@ -106,7 +106,7 @@ def test_a_cut_run_goes_on(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.M
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(module, "generate_batch", cut)
+    monkeypatch.setattr(tasks, "generate_batch", cut)
     target = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         predict(loaded, source, target, how)
@@ -140,7 +140,7 @@ def test_calls_of_tools_and_rows_that_do_not_fit(
     loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = answer_ids(loaded.tokenizer, Message("assistant", "", "weather", arguments={"city": "Oslo"}), last=False)
-    monkeypatch.setattr(module, "generate_batch", lambda model, prompts, *_, **__: [call for _ in prompts])
+    monkeypatch.setattr(tasks, "generate_batch", lambda model, prompts, *_, **__: [call for _ in prompts])
     long = "tea " * loaded.config.max_position_embeddings
     source = write(tmp_path / "in.jsonl", [{"prompt": long}, {"prompt": "Rain in Oslo?"}])
     found = predict(loaded, source, tmp_path / "out.jsonl", Settings(max_new_tokens=40))

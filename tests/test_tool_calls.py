@@ -12,7 +12,7 @@ from glmkit.chat.templates import answer_ids
 from glmkit.data.records import Record
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError
-from glmkit.evaluate import tool_calls
+from glmkit.evaluate import tasks
 from glmkit.evaluate.tool_calls import evaluate_tool_calls, judge, turns
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 from tiny import train_tokenizer
@@ -84,7 +84,7 @@ def test_shares_are_of_the_turns_that_fit(
         say(tokenizer, "sing", a=1),
         say(tokenizer, text="It rains."),
     ]
-    monkeypatch.setattr(tool_calls, "generate_batch", lambda model, prompts, *_, **__: replies[: len(prompts)])
+    monkeypatch.setattr(tasks, "generate_batch", lambda model, prompts, *_, **__: replies[: len(prompts)])
     found = evaluate_tool_calls(Model(), tokenizer, asked, max_new_tokens=40)
     assert found == {
         "call_turns": 2,
@@ -109,7 +109,7 @@ def test_replies_are_sampled_if_that_is_asked_for(tokenizer: ChatGLMTokenizer, m
         asked.append(options)
         return [[] for _ in prompts]
 
-    monkeypatch.setattr(tool_calls, "generate_batch", generate)
+    monkeypatch.setattr(tasks, "generate_batch", generate)
     evaluate_tool_calls(Model(), tokenizer, records())
     evaluate_tool_calls(Model(), tokenizer, records(), options=SamplingOptions(temperature=0.5, top_p=0.7, seed=3))
     assert [(options.temperature, options.top_p, options.seed) for options in asked] == [

@@ -439,8 +439,6 @@ def convert(
     json_: Json = False,
 ) -> int:
     """Converts; the result appears only when it is complete, opened again and compared."""
-    from dataclasses import asdict
-
     from glmkit.export import convert as run
     from glmkit.export.numbers import to_bytes
 
@@ -448,9 +446,9 @@ def convert(
     made = run(source, target, to, dtype=dtype, shard_bytes=size, like=like, adapter=adapter, dequantize=dequantize,
                degree=degree, bits=bits, heads=heads, family=family, keep_code=keep_code,
                overwrite=overwrite)  # fmt: skip
-    for note in made.notes:
-        print(note, file=sys.stderr)
-    print(json.dumps({"schema": 1} | asdict(made), indent=2) if json_ else target)
+    _show_made(made, json_)
+    if not json_:
+        print(target)
     return 0
 
 
@@ -472,7 +470,6 @@ def export(
 ) -> int:
     """Exports; the result appears only when it was opened again by the runtime that it is for."""
     import importlib
-    from dataclasses import asdict
 
     from glmkit.location import locate
 
@@ -481,10 +478,8 @@ def export(
     run = importlib.import_module(f"glmkit.export.{to}").export
     locate(source, download=yes)
     made = run(source, target, weights=weights, adapter=adapter, family=family, overwrite=overwrite)
-    for note in made.notes:
-        print(note, file=sys.stderr)
+    _show_made(made, json_)
     if json_:
-        print(json.dumps({"schema": 1} | asdict(made), indent=2))
         return 0
     logits = "" if made.difference is None else f", logits differ by {made.difference:.2g} of their size"
     print(f"{made.path}: {in_units(made.bytes)}{logits}")
@@ -961,6 +956,16 @@ def _end_of_training(result: Any) -> int:
     return 0
 
 
+def _show_made(made: Any, as_json: bool) -> None:
+    """Notes on what was written, to stderr, and all that is known of it as JSON, if that was asked for."""
+    from dataclasses import asdict
+
+    for note in made.notes:
+        print(note, file=sys.stderr)
+    if as_json:
+        print(json.dumps({"schema": 1} | asdict(made), indent=2))
+
+
 def _check_task(task: str) -> None:
     """Refuses a word that is neither a task nor a recipe of any kind; a recipe for another verb is refused later."""
     from glmkit.evaluate.catalogue import TASKS
@@ -1088,15 +1093,13 @@ def merge(
     json_: Json = False,
 ) -> int:
     """Merges; the result appears only when it is complete and checked."""
-    from dataclasses import asdict
-
     from glmkit.export.merge import merge as run
 
     merged = run(base, adapter, target, dtype=dtype, dequantize=dequantize, check=check, family=family,
                  keep_code=keep_code, overwrite=overwrite)  # fmt: skip
-    for note in merged.notes:
-        print(note, file=sys.stderr)
-    print(json.dumps({"schema": 1} | asdict(merged), indent=2) if json_ else target)
+    _show_made(merged, json_)
+    if not json_:
+        print(target)
     return 0
 
 
@@ -1115,8 +1118,6 @@ def quantize(
     json_: Json = False,
 ) -> int:
     """Quantises; the result appears only when it is complete and read again."""
-    from dataclasses import asdict
-
     from glmkit.export.quantized import quantize as run
     from glmkit.location import locate
 
@@ -1127,10 +1128,8 @@ def quantize(
     made = run(source, target, scheme, output_layer=None if output_layer == "keep" else output_layer,
                calibration=calibration, family=family, overwrite=overwrite,
                progress=show if sys.stderr.isatty() else None)  # fmt: skip
-    for note in made.notes:
-        print(note, file=sys.stderr)
+    _show_made(made, json_)
     if json_:
-        print(json.dumps({"schema": 1} | asdict(made), indent=2))
         return 0
     sizes = f"{in_units(made.bytes_before)} -> {in_units(made.bytes_after)}"
     logits = f", logits of a test prompt by {made.logits_error:.1%}"

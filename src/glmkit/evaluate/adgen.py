@@ -26,13 +26,12 @@ from glmkit.chat.official import decode_reply
 from glmkit.chat.templates import FORMATS, prompt_ids
 from glmkit.data.cutting import Limits, fit
 from glmkit.data.records import Record, read_records
-from glmkit.engine.decode import generate_batch
-from glmkit.engine.sampling import SamplingOptions, row_seed
+from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError, MissingDependencyError, UsageError
 from glmkit.evaluate.results import Results
 from glmkit.evaluate.rouge import bleu_4, rouge_l, rouge_n, words_of
 from glmkit.evaluate.run import run
-from glmkit.evaluate.tasks import Figure, Row, Settings
+from glmkit.evaluate.tasks import Figure, Row, Settings, write_answers
 from glmkit.loading import Loaded
 from glmkit.writing import write_text_atomic
 
@@ -130,15 +129,14 @@ class Adgen:
             `labels` and `predict` of each, as the official scripts call them.
         """
         tokenizer: Any = loaded.tokenizer
-        options = self._options
-        answers = generate_batch(
-            loaded.model,
+        answers = write_answers(
+            loaded,
             [item.prompt for item in items],
-            options if options.seed is None else replace(options, seed=row_seed(options.seed, first)),
-            stop_ids=tokenizer.stop_ids,
+            self._options,
+            first,
             max_new_tokens=max(item.max_new_tokens for item in items),
             batch_size=self.batch_size,
-            progress=None if progress is None else lambda done, _: progress(done),
+            progress=progress,
         )
         texts = [answer_text(tokenizer, ids[: item.max_new_tokens]) for item, ids in zip(items, answers)]
         return [{"labels": item.label, "predict": text} for item, text in zip(items, texts)]
@@ -237,7 +235,7 @@ def make_adgen(data: str, how: Settings) -> Adgen:
         raise UsageError(f"evaluate.preset={how.preset}, expected paper or nothing")
     return Adgen(
         lambda: read_asked(data, how),
-        SamplingOptions(temperature=how.temperature, top_p=how.top_p, seed=how.seed),
+        how.sampling,
         max_new_tokens=how.max_new_tokens,
         batch_size=how.batch_size,
         source_tokens=how.source_tokens,

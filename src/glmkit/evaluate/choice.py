@@ -18,15 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from glmkit.chat.official_replies import decode_reply
-from glmkit.engine.decode import generate_batch
-from glmkit.engine.sampling import SamplingOptions, row_seed
 from glmkit.errors import DataError, GenerationError, UsageError
 from glmkit.evaluate import subjects
 from glmkit.evaluate.asking import Asked, Form, fitted, form_of, letter_ids, open_ids
 from glmkit.evaluate.choice_data import LETTERS, Question, read_exam
 from glmkit.evaluate.scoring import Frame, Passage, score_passages
 from glmkit.evaluate.subjects import Subject
-from glmkit.evaluate.tasks import Figure, Row, Settings
+from glmkit.evaluate.tasks import Figure, Row, Settings, write_answers
 from glmkit.loading import Loaded
 
 METHODS = ("likelihood", "chain-of-thought")
@@ -266,22 +264,18 @@ class Choice:
         self, loaded: Loaded, items: Sequence[Item], first: int, progress: Callable[[int], None] | None
     ) -> list[str | None]:
         """What the model writes about each question; nothing where the question fills its context."""
-        model, tokenizer = loaded
+        tokenizer: Any = loaded.tokenizer
         prompts = [open_ids(tokenizer, "chat", Asked(item.question.text)) for item in items]
         room = loaded.config.max_position_embeddings
         fitting = [number for number, ids in enumerate(prompts) if room is None or len(ids) < room]
-        answers = generate_batch(
-            model,
+        answers = write_answers(
+            loaded,
             [prompts[number] for number in fitting],
-            SamplingOptions(
-                temperature=self.how.temperature,
-                top_p=self.how.top_p,
-                seed=None if self.how.seed is None else row_seed(self.how.seed, first),
-            ),
-            stop_ids=tokenizer.stop_ids,
+            self.how.sampling,
+            first,
             max_new_tokens=self.how.max_new_tokens or _THOUGHT_TOKENS,
             batch_size=self.batch_size,
-            progress=None if progress is None else lambda done, _: progress(done),
+            progress=progress,
         )
         said: list[str | None] = [""] * len(items)
         for number, ids in zip(fitting, answers):

@@ -17,11 +17,9 @@ from typing import Any
 
 from glmkit.chat.official_replies import decode_reply
 from glmkit.data.rows import Unreadable, read_rows
-from glmkit.engine.decode import generate_batch
-from glmkit.engine.sampling import SamplingOptions, row_seed
 from glmkit.errors import DataError, UsageError
 from glmkit.evaluate.asking import Asked, Form, fitted, form_of, open_ids
-from glmkit.evaluate.tasks import Figure, Row, Settings
+from glmkit.evaluate.tasks import Figure, Row, Settings, write_answers
 from glmkit.loading import Loaded
 
 _SHOTS = 8
@@ -145,18 +143,14 @@ class GSM8K:
         prompts = [self._prompt(loaded, form, asked) for _, asked in items]
         there = [ids for ids, _ in prompts if ids]
         written = iter(
-            generate_batch(
-                loaded.model,
+            write_answers(
+                loaded,
                 there,
-                SamplingOptions(
-                    temperature=self.how.temperature,
-                    top_p=self.how.top_p,
-                    seed=None if self.how.seed is None else row_seed(self.how.seed, first),
-                ),
-                stop_ids=loaded.tokenizer.stop_ids,  # type: ignore[union-attr]
+                self.how.sampling,
+                first,
                 max_new_tokens=self.how.max_new_tokens or _ANSWER_TOKENS,
                 batch_size=self.batch_size,
-                progress=None if progress is None else lambda done, _: progress(done),
+                progress=progress,
             )
         )
         rows = []

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
 from itertools import islice
@@ -25,12 +25,10 @@ from glmkit.chat.messages import Message
 from glmkit.chat.reply import parse_reply
 from glmkit.data.formats import Columns, formats, read_dialogue, recognise
 from glmkit.data.rows import Unreadable, read_rows
-from glmkit.engine.decode import generate_batch
-from glmkit.engine.sampling import SamplingOptions, row_seed
 from glmkit.errors import ContextLengthError, DataError, OutputError, UsageError
 from glmkit.evaluate.adgen import answer_text, chat_tokenizer
 from glmkit.evaluate.run import answer_items, weights_hash
-from glmkit.evaluate.tasks import Figure, Row, Settings
+from glmkit.evaluate.tasks import Figure, Row, Settings, write_answers
 from glmkit.loading import Loaded
 from glmkit.parallel import Ranks
 
@@ -130,7 +128,6 @@ class _Predict:
         how.only("predict", "max_new_tokens", "temperature", "top_p", "seed", "columns", "format")
         self.batch_size = how.batch_size
         self._source, self._how = source, how
-        self._options = SamplingOptions(temperature=how.temperature, top_p=how.top_p, seed=how.seed)
         self._new_tokens = how.max_new_tokens or _NEW_TOKENS
 
     def items(self, loaded: Loaded) -> list[_Question]:
@@ -171,16 +168,15 @@ class _Predict:
     ) -> list[Row]:
         """Writes the answers."""
         tokenizer: Any = loaded.tokenizer
-        options = self._options
         asked = [number for number, item in enumerate(items) if not item.problem]
-        answers = generate_batch(
-            loaded.model,
+        answers = write_answers(
+            loaded,
             [items[number].prompt for number in asked],
-            options if options.seed is None else replace(options, seed=row_seed(options.seed, first)),
-            stop_ids=tokenizer.stop_ids,
+            self._how.sampling,
+            first,
             max_new_tokens=self._new_tokens,
             batch_size=self.batch_size,
-            progress=None if progress is None else lambda done, _: progress(done),
+            progress=progress,
         )
         written = dict(zip(asked, answers))
         return [self._row(tokenizer, item, written.get(number)) for number, item in enumerate(items)]

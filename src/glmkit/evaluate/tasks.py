@@ -9,9 +9,11 @@ A task knows nothing of files that are written, of cut runs and of other process
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
+from glmkit.engine.decode import generate_batch
+from glmkit.engine.sampling import SamplingOptions, row_seed
 from glmkit.errors import UsageError
 from glmkit.loading import Loaded
 
@@ -66,7 +68,7 @@ class Task(Protocol):
         """Answers some items.
 
         The result of an item must not depend on which other units there are or who computes them: with a seed, use
-        `row_seed(seed, first)` for the unit, where `first` is the number of its first item.
+        `write_answers`, which makes a seed for the unit of `first`, the number of its first item.
 
         Args:
             loaded: The model.
@@ -87,6 +89,41 @@ class Task(Protocol):
     def notes(self, rows: Sequence[Row]) -> Mapping[str, Any]:
         """Plain counts and facts that have no interval, such as how many answers were empty."""
         ...
+
+
+def write_answers(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    first: int,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Writes the answers of a unit; with a seed they depend on the unit's place among all items, and on no other unit.
+
+    Args:
+        loaded: The model.
+        prompts: Ids of each prompt.
+        options: How tokens are chosen; the seed is that of the whole task.
+        first: Number of the unit's first item.
+        max_new_tokens: Longest answer.
+        batch_size: Answers written together.
+        progress: Called with how many are done.
+
+    Returns:
+        Ids of each answer, without the stop id.
+    """
+    return generate_batch(
+        loaded.model,
+        prompts,
+        options if options.seed is None else replace(options, seed=row_seed(options.seed, first)),
+        stop_ids=loaded.tokenizer.stop_ids,  # type: ignore[union-attr]
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=None if progress is None else lambda done, _: progress(done),
+    )
 
 
 @dataclass(frozen=True)
@@ -128,6 +165,11 @@ class Settings:
     format: str = "auto"
     source_tokens: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sampling(self) -> SamplingOptions:
+        """How tokens are chosen."""
+        return SamplingOptions(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
 
     def only(self, task: str, *known: str) -> None:
         """Refuses settings that a task does not know; `batch_size` and `limit` are known to all.

@@ -24,12 +24,11 @@ from glmkit.chat.reply import parse_reply
 from glmkit.chat.templates import chat_format, prompt_ids
 from glmkit.chat.tools import ToolCallError, documented_tools
 from glmkit.data.records import Record
-from glmkit.engine.decode import generate_batch
-from glmkit.engine.sampling import SamplingOptions, row_seed
+from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError
 from glmkit.evaluate.adgen import chat_tokenizer, read_asked
 from glmkit.evaluate.results import Results, interval
-from glmkit.evaluate.tasks import Figure, Row, Settings
+from glmkit.evaluate.tasks import Figure, Row, Settings, write_answers
 from glmkit.loading import Loaded
 
 _GREEDY = SamplingOptions(temperature=0.0)
@@ -157,16 +156,15 @@ class ToolCalls:
             `where` the dialogue came from, what was `wanted` (the call's name and arguments, none: text), the `reply`
             as text, what it `counts` as, and whether the prompt was `too_long`.
         """
-        options = self._options
         fitting = [number for number, item in enumerate(items) if item.fits]
-        replies = generate_batch(
-            loaded.model,
+        replies = write_answers(
+            loaded,
             [items[number].prompt for number in fitting],
-            options if options.seed is None else replace(options, seed=row_seed(options.seed, first)),
-            stop_ids=loaded.tokenizer.stop_ids,  # type: ignore[union-attr]
+            self._options,
+            first,
             max_new_tokens=self._new_tokens,
             batch_size=self.batch_size,
-            progress=None if progress is None else lambda done, _: progress(done),
+            progress=progress,
         )
         written = dict(zip(fitting, replies))
         return [self._row(loaded.tokenizer, item, written.get(number)) for number, item in enumerate(items)]
@@ -226,7 +224,7 @@ def make_tools(data: str, how: Settings) -> ToolCalls:
     how.only("tools", "max_new_tokens", "temperature", "top_p", "seed", "columns", "format")
     return ToolCalls(
         lambda: read_asked(data, replace(how, limit=None)),  # the limit is of turns
-        SamplingOptions(temperature=how.temperature, top_p=how.top_p, seed=how.seed),
+        how.sampling,
         max_new_tokens=how.max_new_tokens,
         batch_size=how.batch_size,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class Weights:
         tables |= set() if output is None else {id(output.weight)}
         return forms | {name: FORMS["int8"] for name, one in model.named_parameters() if id(one) in tables}
 
-    @property
+    @cached_property
     def _stored(self) -> dict[str, str]:
         """Name in the model -> stored name, without those of a prefix."""
         return {own: name for name, own in self.names.items() if ".prefix_encoder." not in f".{own}"}
@@ -205,12 +206,12 @@ class Weights:
         if f"{own}_scale" not in stored:
             return self._merged(own, tensor)
         [(_, scale)] = self.folder.read([stored[f"{own}_scale"]])
-        return Packed(tensor, scale, self._bits(own))
+        return Packed(tensor, scale, int(self._empty.get_submodule(own.removesuffix(".weight")).bits))
 
-    def _bits(self, name: str) -> int:
-        """Of a weight that is stored quantised."""
-        model = empty_model(LANGUAGE_MODELS[type(self.config)], self.config)
-        return int(model.get_submodule(name.removesuffix(".weight")).bits)
+    @cached_property
+    def _empty(self) -> Any:
+        """The model without weights, as it is quantised in the checkpoint."""
+        return empty_model(LANGUAGE_MODELS[type(self.config)], self.config)
 
     def _merged(self, name: str, tensor: Tensor) -> Tensor:
         layer = name.removesuffix(".weight")
