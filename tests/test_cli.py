@@ -15,14 +15,13 @@ import pytest
 
 import glmkit
 import tiny
-from glmkit import cli, verbs
+from glmkit import cli
 from glmkit.errors import UsageError
+from glmkit.verbs import command
+from glmkit.verbs.app import SECTIONS
+from glmkit.verbs.printing import in_units
 
-VERBS = (
-    *("chat", "serve", "web", "quickstart", "inspect", "convert", "export", "run", "finetune", "pretrain", "evaluate"),
-    *("predict", "version", "doctor", "merge", "quantize", "watch", "plan", "bench", "data", "checkpoint", "cluster"),
-    "recipe",
-)
+VERBS = tuple(name for names in SECTIONS.values() for name in names)
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +62,10 @@ def test_the_start_page_names_the_first_steps(capsys: pytest.CaptureFixture[str]
     for step in ("glm quickstart", "glm chat", "glm inspect", "glm finetune", "12.5 GB"):
         assert step in out
     assert len(out.splitlines()) <= 10
+
+
+def test_every_verb_stands_in_one_section_of_the_help() -> None:
+    assert sorted(VERBS) == sorted(name for name, verb in command().commands.items() if not verb.hidden)
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,6 +345,6 @@ def test_evaluate_writes_what_the_official_scripts_write(
 
 
 def test_sizes_for_people() -> None:
-    assert [verbs.in_units(size) for size in (12, 1500, 16_000_000, 12_500_000_000)] == [
+    assert [in_units(size) for size in (12, 1500, 16_000_000, 12_500_000_000)] == [
         "12 B", "1.5 kB", "16.0 MB", "12.5 GB",
     ]  # fmt: skip

@@ -1,0 +1,20 @@
+"""The verbs of the command `glm`, a module for each kind.
+
+Each verb imports its work when it is called, so that help stays fast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from glmkit.verbs import evaluating, machine, models, recipes, talking, tuning
+from glmkit.verbs.app import app
+
+__all__ = ["command", "evaluating", "machine", "models", "recipes", "talking", "tuning"]
+
+
+def command() -> Any:
+    """Builds the parser of the whole command."""
+    return typer.main.get_command(app)
