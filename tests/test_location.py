@@ -7,12 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
 
 import pytest
 
@@ -20,8 +16,7 @@ import official
 from glmkit.errors import UsageError
 from glmkit.families import FAMILIES, find_family
 from glmkit.location import DownloadError, builtin, locate
-
-_COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+from hub_server import COMMITS, HubRoute, Server, serving
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +129,7 @@ def test_order_to_fetch_without_a_network_is_one_error() -> None:
     for name, options in (("somebody/model", {}), ("chatglm3-6b", {"download": True})):
         with pytest.raises(DownloadError, match="cannot fetch") as caught:
             locate(name, **options)  # type: ignore[arg-type]
-        assert "HF_ENDPOINT" in str(caught.value.hint)
+        assert "HF_HUB_OFFLINE=0" in str(caught.value.hint)
         assert caught.value.exit_code == 1
     with pytest.raises(DownloadError, match="local_files_only"):
         locate("somebody/model", hub={"local_files_only": True})
@@ -146,10 +141,10 @@ def test_order_to_fetch_without_a_network_is_one_error() -> None:
 def cached(cache: Path, repository: str, files: dict[str, str], revision: str = "main") -> Path:
     """Makes an entry of the hub's cache as the client lays it out."""
     entry = cache / f"models--{repository.replace('/', '--')}"
-    snapshot = entry / "snapshots" / _COMMITS[revision]
+    snapshot = entry / "snapshots" / COMMITS[revision]
     for folder in (snapshot, entry / "blobs", entry / "refs"):
         folder.mkdir(parents=True, exist_ok=True)
-    (entry / "refs" / revision).write_text(_COMMITS[revision])
+    (entry / "refs" / revision).write_text(COMMITS[revision])
     for name, content in files.items():
         blob = entry / "blobs" / hashlib.sha1(f"{name}{content}".encode()).hexdigest()
         blob.write_text(content)
@@ -164,7 +159,7 @@ INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.saf
 def test_the_cache_is_used_under_each_organisation(tmp_path: Path, typed: str) -> None:
     snapshot = cached(tmp_path / "cache", "THUDM/chatglm3-6b", {"config.json": "{}", "pytorch_model.bin": ""})
     assert locate(typed) == snapshot
-    assert locate(typed, revision=_COMMITS["main"]) == snapshot
+    assert locate(typed, revision=COMMITS["main"]) == snapshot
     assert locate(typed, hub={"local_files_only": True}) == snapshot
 
 
@@ -199,96 +194,8 @@ def test_an_interrupted_download_is_taken_up_again(tmp_path: Path, files: dict[s
 # --- fetching ---
 
 
-class Hub(ThreadingHTTPServer):
-    """The routes of the hub that its client needs, over a few folders, one for each revision."""
-
-    daemon_threads = True
-
-    def __init__(self, repository: str, revisions: dict[str, Path]) -> None:
-        super().__init__(("127.0.0.1", 0), Route)
-        self.repository, self.revisions = repository, revisions
-        self.asked: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Route(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = unquote(self.path.partition("?")[0])
-        self.server.asked.append(f"{self.command} {path}")
-        api, files = f"/api/models/{self.server.repository}", f"/{self.server.repository}/resolve/"
-        if path == api or path.startswith(f"{api}/revision/"):
-            self.send_info(path.partition("/revision/")[2] or "main")
-        elif path.startswith(f"{api}/tree/"):
-            revision, folder = self.revision(path.removeprefix(f"{api}/tree/").split("/")[0])
-            self.send_json(self.tree(folder)) if folder else self.fail("RevisionNotFound", revision)
-        elif path.startswith(files):
-            revision, _, name = path.removeprefix(files).partition("/")
-            self.send_file(*self.revision(revision), name)
-        else:
-            self.fail("RepoNotFound", path)
-
-    def revision(self, name: str) -> tuple[str, Path | None]:
-        """The commit of a branch, tag or commit, and its folder."""
-        for branch, commit in _COMMITS.items():
-            if name in (branch, commit) and branch in self.server.revisions:
-                return commit, self.server.revisions[branch]
-        return name, None
-
-    def tree(self, folder: Path) -> list[dict[str, Any]]:
-        return [
-            {"type": "file", "oid": "0" * 40, "size": file.stat().st_size, "path": file.name}
-            for file in sorted(folder.iterdir())
-        ]
-
-    def send_info(self, name: str) -> None:
-        commit, folder = self.revision(name)
-        if folder is None:
-            return self.fail("RevisionNotFound", name)
-        siblings = [{"rfilename": entry["path"]} for entry in self.tree(folder)]
-        self.send_json(
-            {"id": self.server.repository, "sha": commit, "siblings": siblings, "private": False, "tags": []}
-        )
-
-    def send_file(self, commit: str, folder: Path | None, name: str) -> None:
-        if folder is None or not (folder / name).is_file():
-            return self.fail("EntryNotFound" if folder else "RevisionNotFound", name)
-        content = (folder / name).read_bytes()
-        self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", commit)
-        self.finish_with(content)
-
-    def send_json(self, value: Any) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.finish_with(json.dumps(value).encode())
-
-    def fail(self, code: str, what: str) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", f"{what} not found")
-        self.finish_with(b"{}")
-
-    def finish_with(self, content: bytes) -> None:
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     root = tmp_path_factory.mktemp("hub")
     tokenizer = official.train_tokenizer(root / "tokenizer.model")
     folders = {
@@ -298,11 +205,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     for folder in folders.values():
         (folder / "training_args.json.exe").write_text("x")
         (folder / "README.md").write_text("not needed")
-    server = Hub("zai-org/chatglm3-6b", folders)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(HubRoute, "zai-org/chatglm3-6b", folders) as server:
+        yield server
 
 
 # One process, because huggingface_hub reads its environment when it is imported; it prints what it saw.
@@ -349,7 +253,7 @@ print(json.dumps(found))
 """
 
 
-def test_fetching(hub: Hub, tmp_path: Path) -> None:
+def test_fetching(hub: Server, tmp_path: Path) -> None:
     home = tmp_path / "home"
     environment = {
         "PATH": "",
@@ -368,11 +272,11 @@ def test_fetching(hub: Hub, tmp_path: Path) -> None:
     assert "zai-org/chatglm3-6b, 12.5 GB" in found["bare"][1]
     assert found["nothing"][0] == found["no revision"][0] == "DownloadError"
     assert "zai-org/no-such-model" in found["nothing"][1]
-    assert "HF_ENDPOINT" in found["nothing"][2]
+    assert "HF_TOKEN" in found["nothing"][2]
 
     snapshots = home / "hub" / "models--zai-org--chatglm3-6b" / "snapshots"
-    assert Path(found["path"]) == snapshots / _COMMITS["main"]
-    assert Path(found["v1 path"]) == snapshots / _COMMITS["v1"]
+    assert Path(found["path"]) == snapshots / COMMITS["main"]
+    assert Path(found["v1 path"]) == snapshots / COMMITS["v1"]
     assert found["generation"] == found["auto tokenizer"] == 3
     assert found["main"] == found["offline"] != found["v1"]
     assert found["v1"] == found["auto v1"] == found["offline v1"]
@@ -381,7 +285,7 @@ def test_fetching(hub: Hub, tmp_path: Path) -> None:
     assert found["executed"] == []
     for folder in hub.revisions.values():
         assert not (folder / official.CANARY).exists()
-    fetched = {name for commit in _COMMITS.values() for name in os.listdir(snapshots / commit)}
+    fetched = {name for commit in (COMMITS["main"], COMMITS["v1"]) for name in os.listdir(snapshots / commit)}
     code = {name for name in fetched if name.endswith(".py")}
     assert code <= {"tokenization_chatglm.py", "modeling_chatglm.py"}  # as text, for signs of what the folder is
     assert not fetched & {"README.md", "training_args.json.exe"}
