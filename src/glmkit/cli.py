@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from glmkit import __version__
 from glmkit.errors import GlmkitError, UsageError
+from glmkit.translation import LABELS, describe, language, translate
 
 # What fingers from other tools type first.
 _VERB_SYNONYMS = {
@@ -23,6 +24,14 @@ _VERB_SYNONYMS = {
     "sft": "finetune",
     "lora": "finetune",
     "eval": "evaluate",
+    "download": "pull",
+    "fetch": "pull",
+    "ls": "list",
+    "models": "list",
+    "path": "where",
+    "which": "where",
+    "remove": "rm",
+    "delete": "rm",
     "show": "inspect",
     "info": "inspect",
     "env": "doctor",
@@ -69,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
             import traceback
 
             traceback.print_exc()
-        return _report(error, debug)
+        return _report(error, debug, arguments[:1])
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -78,6 +87,11 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if arguments in (["--version"], ["-V"]):
         print(f"glmkit {__version__}")
+        return 0
+    if arguments[:1] == ["__complete"]:  # asked at every Tab, before the parser is imported
+        from glmkit.completion import answer
+
+        print(answer(arguments[1:]), end="")
         return 0
     if arguments == ["help"]:
         arguments = ["--help"]
@@ -102,22 +116,22 @@ def _tolerate_foreign_encodings(*streams: TextIO) -> None:
 
 
 def _start_page() -> str:
-    from glmkit.families import find_family
+    from glmkit.inventory import next_step
 
-    big = find_family("chatglm3-6b")
-    assert big is not None
     lines = [
         ("glm quickstart", "the whole way in three minutes, offline: chat, evaluate, tune, evaluate again"),
         ("glm chat", "talk to glm-nano, the small model that comes with this package"),
-        (f"glm chat {big.name}", f"talk to a real one ({big.bytes / 1e9:.1f} GB, fetched if you add --yes)"),
-        (f"glm inspect {big.name}", "what a model is and how much memory it needs"),
+        next_step(),
+        ("glm list", "the models on this machine"),
+        ("glm inspect chatglm3-6b", "what a model is and how much memory it needs"),
         ("glm finetune adgen_lora", "tune a model with LoRA; recipes are YAML files"),
         ("glm doctor", "what this machine computes with, and what would make it faster"),
         ("glm --help", "all verbs; glm VERB --help for one"),
     ]
     width = max(len(call) for call, _ in lines)
-    listed = "\n".join(f"  {call.ljust(width)}  {text}" for call, text in lines)
-    return f"glmkit {__version__}: load, chat with, tune and evaluate GLM models\n\n{listed}"
+    here = language()
+    listed = "\n".join(f"  {call.ljust(width)}  {translate(text, here)}" for call, text in lines)
+    return f"glmkit {__version__}: {translate('load, chat with, tune and evaluate GLM models', here)}\n\n{listed}"
 
 
 # --- failures ---
@@ -147,51 +161,71 @@ def unknown_verb(word: str, known: Sequence[str], command: str = "glm") -> Usage
     return UsageError(f"there is no verb {word!r}", hint=hint)
 
 
-def _report(error: Exception, debug: bool) -> int:
+def _report(error: Exception, debug: bool, verb: Sequence[str]) -> int:
     """Prints an error and its cure on stderr.
+
+    Args:
+        error: What was raised.
+        debug: Whether its traceback is there already.
+        verb: The first argument, if there is one.
 
     Returns:
         The exit code.
     """
-    message, hint, code = _describe(error)
-    print(f"{paint('error:', '1;31', sys.stderr)} {message}", file=sys.stderr)
+    told = _told(error)
+    here = language()
+    message, hint = describe(told, here)
     if hint is None and not isinstance(error, GlmkitError) and not debug:
-        hint = "the same command with --debug shows where it happened"
+        hint = translate("the same command with --debug shows where it happened", here)
+    if hint is None and isinstance(error, UsageError):
+        hint = translate(f"{' '.join(['glm', *verb])} --help lists what there is", here)
+    from glmkit.terminal import printable  # names of files, and what servers answer, may have control characters
+
+    print(f"{paint(LABELS[here][0], '1;31', sys.stderr)}{printable(message)}", file=sys.stderr)
     if hint:
-        print(f"{paint('hint:', '1;36', sys.stderr)} {hint}", file=sys.stderr)
-    return code
+        print(f"{paint(LABELS[here][1], '1;36', sys.stderr)}{printable(hint)}", file=sys.stderr)
+    return told.exit_code
 
 
-def _describe(error: Exception) -> tuple[str, str | None, int]:
-    """Message, cure and exit code of any exception."""
+def _told(error: Exception) -> GlmkitError:
+    """Any exception as one that says what happened, with its cure and exit code."""
     if isinstance(error, GlmkitError):
-        return error.message, error.hint, error.exit_code
+        return error
     if hasattr(error, "format_message"):  # of the argument parser, whose classes moved between releases of typer
-        return _describe_parser_error(error)
+        return _parser_error(error)
     if type(error).__name__ == "Abort":
-        return "input ended", None, 1
+        return GlmkitError("input ended")
     text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return "out of memory" + (f": {text.splitlines()[0]}" if text else ""), _NO_MEMORY_HINT, 1
+        return GlmkitError(f"out of memory: {text.splitlines()[0]}" if text else "out of memory", hint=_NO_MEMORY_HINT)
     if isinstance(error, OSError) and error.strerror:
-        place = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror}{place}", None, 1
+        return GlmkitError(f"{error.strerror}: {error.filename}" if error.filename else error.strerror)
     if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers"):
-        hint = f"pip install {error.name}; or glm run, which answers from what glm export wrote, without it"
-        return f"this needs the package {error.name}, which is not installed", hint, 1
-    return f"unexpected {type(error).__name__}: {text}", None, 1
+        return GlmkitError(
+            f"this needs the package {error.name}, which is not installed",
+            hint=f"pip install {error.name}; or glm run, which answers from what glm export wrote, without it",
+        )
+    return GlmkitError(f"unexpected {type(error).__name__}: {text}")
 
 
-def _describe_parser_error(error: Any) -> tuple[str, str | None, int]:
+def _parser_error(error: Any) -> UsageError:
+    from difflib import get_close_matches
+
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "glm"
+    help_hint = f"{command} --help lists what there is"
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return UsageError("a verb is missing", hint=help_hint)
     message = getattr(error, "message", "") or error.format_message()
     if getattr(error, "param", None) is not None:
         message = error.format_message()
     message = message[:1].lower() + message[1:].rstrip(".")
-    close = getattr(error, "possibilities", None)
-    context = getattr(error, "ctx", None)
-    if close:
-        return message, f"did you mean {close[0]}?", error.exit_code
-    return message, f"{context.command_path} --help lists what there is" if context else None, error.exit_code
+    option = getattr(error, "option_name", None) or ""
+    if option and context is None:
+        return UsageError(message, hint="write a value behind it")
+    # The parser proposes whatever shares a few letters; a far-fetched proposal is worse than the list.
+    close = get_close_matches(option, getattr(error, "possibilities", None) or (), 1, 0.7)
+    return UsageError(message, hint=f"did you mean {close[0]}?" if close else help_hint)
 
 
 def paint(text: str, code: str, stream: TextIO) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_WHOLE_FOLDER_HINT = "get these files again, or compare the folder with the official one; glm inspect FOLDER checks it"
+
 
 class GlmkitError(Exception):
     """An error the user can cure.
@@ -47,7 +49,7 @@ class CheckpointError(GlmkitError, ValueError):
     Args:
         folder: The folder in question.
         problems: Everything wrong with it, one sentence each.
-        hint: What to do.
+        hint: What to do; else to get the files again.
     """
 
     def __init__(self, folder: str, problems: Sequence[str], *, hint: str | None = None) -> None:
@@ -56,7 +58,7 @@ class CheckpointError(GlmkitError, ValueError):
         shown = self.problems[:20]
         more = [f"… and {len(self.problems) - 20} more"] if len(self.problems) > 20 else []
         text = "\n".join(f"  - {problem}" for problem in [*shown, *more])
-        super().__init__(f"cannot load {folder}:\n{text}", hint=hint)
+        super().__init__(f"cannot load {folder}:\n{text}", hint=hint or _WHOLE_FOLDER_HINT)
 
 
 class TokenizerError(GlmkitError, ValueError):

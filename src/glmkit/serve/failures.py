@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from glmkit.errors import QueueFullError, TokenizerError, UsageError
+from glmkit.translation import Language, translate
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -45,6 +46,18 @@ class APIError(Exception):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+
+    def told_in(self, language: Language) -> APIError:
+        """The same error with its message in another language; what programs read stays.
+
+        Args:
+            language: The client's, see `glmkit.translation.accepted_language`.
+        """
+        message = translate(self.message, language)
+        if message == self.message:
+            return self
+        headers = {**self.headers, "Content-Language": language}
+        return APIError(self.status, message, self.type, self.param, self.code, headers)
 
     def body(self) -> dict[str, Any]:
         """The error object, for an answer or for an event of a stream."""
@@ -103,14 +116,15 @@ def describe_failure(error: BaseException, request_id: str = "") -> APIError:
     return APIError(500, f"the server failed on this request{about}", code="internal_error")
 
 
-def failure_response(error: BaseException, request_id: str = "") -> Response:
+def failure_response(error: BaseException, request_id: str = "", language: Language = "en") -> Response:
     """The whole answer to a failed request.
 
     Args:
         error: What was raised.
         request_id: Id that the log names as well.
+        language: The client's.
     """
-    told = describe_failure(error, request_id)
+    told = describe_failure(error, request_id).told_in(language)
     return Response(told.encoded(), told.status, headers=told.headers, media_type="application/json")
 
 

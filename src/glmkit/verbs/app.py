@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from glmkit.cli import unknown_verb
 from glmkit.errors import UsageError
+from glmkit.verbs.help import in_readers_language
 
 # Flags as other tools call them; they work and do not clutter the help.
 _FLAG_SYNONYMS = {
@@ -31,11 +32,11 @@ _FLAG_SYNONYMS = {
 
 # What there is, as the help lists it.
 SECTIONS = {
-    "Talk": ("chat", "web", "serve", "run", "quickstart"),
-    "Models": ("inspect", "convert", "quantize", "merge", "export"),
+    "Talk": ("chat", "logs", "web", "serve", "run", "quickstart"),
+    "Models": ("pull", "list", "where", "rm", "inspect", "convert", "quantize", "merge", "export"),
     "Train": ("finetune", "pretrain", "recipe", "plan", "watch", "data", "checkpoint"),
     "Measure": ("evaluate", "predict", "bench"),
-    "This machine": ("doctor", "version", "cluster"),
+    "This machine": ("doctor", "completion", "version", "cluster"),
 }
 
 
@@ -45,6 +46,9 @@ class Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         own = {flag for parameter in self.params for flag in parameter.opts}
         return super().parse_args(ctx, [_canonical_flag(argument, own) for argument in args])
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, in_readers_language(formatter))
 
 
 class RecipeVerb(Verb):
@@ -78,6 +82,9 @@ class Verbs(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)  # as they are written, not by the alphabet
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, in_readers_language(formatter))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         known = self.list_commands(ctx)

@@ -15,6 +15,7 @@ from typing import Any
 from glmkit.chat.messages import Message
 from glmkit.errors import GlmkitError, UsageError
 from glmkit.tools.schema import read_definitions
+from glmkit.translation import translate
 from glmkit.web import page as pages
 from glmkit.web.desk import SETTINGS, Desk
 from glmkit.web.look import gradio
@@ -252,7 +253,7 @@ class Actions:
         if self.desk.models.is_loaded(name):
             return self._use_model(talk, name, chosen)
         estimate = await self.desk.models.estimate(name)
-        note = estimate.problem or say(
+        note = translate(estimate.problem, chosen) or say(
             chosen, "model_estimate", need=gigabytes(estimate.need_bytes), free=gigabytes(estimate.free_bytes)
         )
         kind = "glm-note" if estimate.fits and not estimate.problem else "glm-problem"

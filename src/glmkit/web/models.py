@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmkit.errors import GlmkitError, UsageError
+from glmkit.machine import free_memory_bytes
 
 if TYPE_CHECKING:
     from glmkit.chat.following import Served
@@ -26,18 +27,18 @@ class Estimate:
 
     Args:
         need_bytes: Weights as they are on disk, and the cache of one conversation; None if nobody can tell.
-        free_bytes: Memory that this machine has left.
+        free_bytes: Memory that this machine, or its container, has left; None if nobody can tell.
         problem: Why nobody can tell.
     """
 
     need_bytes: int | None
-    free_bytes: int
+    free_bytes: int | None
     problem: str = ""
 
     @property
     def fits(self) -> bool:
         """Whether there is room, as far as anybody can tell."""
-        return self.need_bytes is None or self.need_bytes <= self.free_bytes
+        return self.need_bytes is None or self.free_bytes is None or self.need_bytes <= self.free_bytes
 
 
 @dataclass
@@ -142,7 +143,7 @@ class Models:
             UsageError: Nobody offers it.
         """
         self._check(name)
-        free = free_bytes() if self._limit_bytes is None else self._limit_bytes
+        free = free_memory_bytes() if self._limit_bytes is None else self._limit_bytes
         try:
             return Estimate(await asyncio.to_thread(self._estimate, self._folders.get(name, name)), free)
         except GlmkitError as error:
@@ -229,17 +230,6 @@ def needed_bytes(name: str) -> int:
     cache = next(iter(described["memory_bytes"].values()))["kv_cache"]
     share = min(1.0, _CONTEXT_TOKENS / max(1, described["context_tokens"]))
     return int((described["stored_bytes"] + cache * share) * _ROOM)
-
-
-def free_bytes() -> int:
-    """Memory that this machine can give: what Linux calls available, elsewhere the free pages."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = next(line for line in file if line.startswith("MemAvailable"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        pages = getattr(os, "sysconf", lambda name: 0)("SC_AVPHYS_PAGES")
-        return int(pages) * resource.getpagesize()
 
 
 def process_bytes() -> int:

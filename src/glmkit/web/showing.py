@@ -11,6 +11,7 @@ from glmkit.chat.choices import choose, official_sampling
 from glmkit.chat.interchange import MEDIA_TYPES
 from glmkit.errors import UsageError
 from glmkit.tools.schema import read_definitions
+from glmkit.translation import translate
 from glmkit.web import page as pages
 from glmkit.web.desk import SETTINGS, Desk
 from glmkit.web.look import gradio
@@ -192,7 +193,7 @@ class Showing:
         try:
             names = [schema["name"] for schema in read_definitions(text)]
         except UsageError as error:
-            return f'<p class="glm-problem">{html.escape(error.message)}</p>'
+            return f'<p class="glm-problem">{html.escape(translate(error.message, language))}</p>'
         known = say(language, "definitions_good", count=len(names), names=", ".join(names))
         note = known if names else say(language, "definitions_none")
         return f'<p class="glm-note">{html.escape(note)} · {say(language, "definitions_hint")}</p>'

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-Language = Literal["zh", "en"]
+from glmkit.translation import Language, translate
+
 Mode = Literal["chat", "tools", "code"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
 MODES: tuple[Mode, ...] = ("chat", "tools", "code")
@@ -284,8 +285,10 @@ def say(language: Language, key: str, **values: object) -> str:
     Args:
         language: "zh" or "en".
         key: Which text.
-        **values: What stands in its blanks.
+        **values: What stands in its blanks; `reason` is an error's text, and is translated too.
     """
+    if "reason" in values:
+        values["reason"] = translate(str(values["reason"]), language)
     return (
         TEXTS[language][key].format(**values) if values else TEXTS[language][key].replace("{{", "{").replace("}}", "}")
     )

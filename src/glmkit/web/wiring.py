@@ -8,8 +8,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from glmkit.errors import GlmkitError
+from glmkit.translation import Language, describe
 from glmkit.web.actions import Actions
 from glmkit.web.look import gradio
+from glmkit.web.texts import LANGUAGES
 
 logger = logging.getLogger("glmkit")
 # The page remembers its conversation for a reload (each tab its own) and its language for ever.
@@ -162,17 +164,17 @@ class Wiring:
 
     def _plain(self, action: Any) -> Any:
         async def call(request: Any, *values: Any) -> Any:
-            return await self._guarded(lambda: action(*values, request))
+            return await self._guarded(lambda: action(*values, request), values)
 
         call.__annotations__ = {"request": self.gr.Request}
         return call
 
     def _with_controls(self, action: Any, given: int = 2, data: Any = None) -> Any:
         async def call(request: Any, *values: Any) -> Any:
-            return await self._guarded(lambda: action(*values[:given], request, values[given:]))
+            return await self._guarded(lambda: action(*values[:given], request, values[given:]), values)
 
         async def call_with_data(data: Any, request: Any, *values: Any) -> Any:
-            return await self._guarded(lambda: action(data, *values[:given], request, values[given:]))
+            return await self._guarded(lambda: action(data, *values[:given], request, values[given:]), values)
 
         call.__annotations__ = {"request": self.gr.Request}
         call_with_data.__annotations__ = {"data": data, "request": self.gr.Request}
@@ -184,18 +186,23 @@ class Wiring:
                 async for updates in action(*values, request):
                     yield updates
             except GlmkitError as error:
-                self.gr.Warning(error.message)
+                self.gr.Warning(describe(error, self._language(values))[0])
                 yield {self.page.announce: self.gr.skip()}
 
         call.__annotations__ = {"request": self.gr.Request}
         return call
 
-    async def _guarded(self, work: Callable[[], Any]) -> Any:
+    def _language(self, values: Sequence[Any]) -> Language:
+        """The language of the page that sent these values; nearly all events carry it."""
+        return next((value for value in values if value in LANGUAGES), self.actions.language)
+
+    async def _guarded(self, work: Callable[[], Any], values: Sequence[Any]) -> Any:
         """What an action gives; what the user can cure is shown, all else gets a number and goes to the log."""
         try:
             updates = await work()
         except GlmkitError as error:
-            self.gr.Warning(error.message if error.hint is None else f"{error.message} ({error.hint})")
+            message, hint = describe(error, self._language(values))
+            self.gr.Warning(message if hint is None else f"{message} ({hint})")
             return self.gr.skip()
         except Exception:
             number = secrets.token_hex(4)
