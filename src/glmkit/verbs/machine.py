@@ -22,23 +22,34 @@ _cluster = group("cluster", "Write and check rank tables of Ascend clusters.")
 
 
 @verb("Check this machine, and name cures.")
-def doctor(json_: Json = False) -> int:
-    """Looks at the machine; the first time it also compiles the native kernels."""
+def doctor(
+    json_: Json = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Do what is safe: make folders, remove what killed programs left.")
+    ] = False,
+    online: Annotated[bool, typer.Option("--online", help="Also ask whether the hub and ModelScope answer.")] = False,
+) -> int:
+    """Looks at the machine; the first time it also compiles the native kernels. 1 if something does not work."""
     import logging
 
-    from glmkit.doctor import describe, diagnose
+    from glmkit.doctor.diagnosis import as_json, describe, examine, mend, worst
+    from glmkit.translation import language
 
     told, logger = logging.StreamHandler(), logging.getLogger("glmkit")
     before = logger.level
     logger.addHandler(told)
     logger.setLevel(logging.INFO)  # compiling takes a while, and says so
     try:
-        found = diagnose()
+        found = examine(online=online)
+        if fix:
+            for line in mend(found):
+                print(line, file=sys.stderr)
+            found = examine(online=online)
     finally:
         logger.removeHandler(told)
         logger.setLevel(before)
-    print(json.dumps(found, ensure_ascii=False, indent=2) if json_ else describe(found))
-    return 0
+    print(json.dumps(as_json(found), ensure_ascii=False, indent=2) if json_ else describe(found, language()))
+    return 1 if worst(found) == "fail" else 0
 
 
 @verb("Measure speed and memory with random weights.")
