@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
 import os
 import pty
+import random
 import re
 import select
 import signal
+import struct
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +28,14 @@ import tiny
 from glmkit import cli
 from glmkit.chat.messages import Message
 from glmkit.chat.session import Session
+from glmkit.chat.store import Conversation, ConversationStore
 from glmkit.chat.transcript import read_conversation
-from glmkit.terminal import printable
-from glmkit.terminal_loop import COMMANDS, ChatLoop
+from glmkit.engine.decode import CancelToken
+from glmkit.errors import UsageError
+from glmkit.terminal import printable, write_answer
+from glmkit.terminal_loop import ChatLoop
+from glmkit.terminal_markdown import MarkdownPainter
+from glmkit.terminal_texts import _TEXTS, COMMANDS
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 
 
@@ -41,6 +50,11 @@ def endless(tokenizer: ChatGLMTokenizer, tmp_path_factory: pytest.TempPathFactor
     """A model folder whose answers end only where the context does, after minutes."""
     folder = tmp_path_factory.mktemp("endless") / "model"
     return tiny.write_model(folder, Path(tokenizer.vocab_file), endless=True, seq_length=1_000_000)
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLMKIT_LANG", "en")
 
 
 def talk(
@@ -181,6 +195,199 @@ def test_ctrl_c_ends_the_answer_before_the_next_token_and_keeps_it(
     assert "ended by: cancelled" in err
 
 
+# --- conversations and models are changed without leaving ---
+
+
+def test_another_model_goes_on_with_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer, tmp_path: Path
+) -> None:
+    store = ConversationStore(tmp_path)
+    session = scripted(tokenizer, "tea", store=store)
+    other = scripted(tokenizer, "rice").loaded
+
+    def load(name: str) -> Any:
+        if name != "other":
+            raise UsageError(f"no folder and no model is called {name!r}", hint="did you mean other?")
+        return other
+
+    loop = ChatLoop(session, load=load)
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("hello\n/set top_p=0.5\n/model othr\n/model other\nhow are you?\n/model\n")
+    )
+    assert loop.run() == 0
+    out, err = capsys.readouterr()
+    assert out == "tea\nrice\n"
+    assert "did you mean other?" in err
+    assert err.count("[model: other]") == 2
+    assert [message.content for message in loop.session.messages] == ["hello", "tea", "how are you?", "rice"]
+    assert loop.session.settings == {"temperature": 0, "top_p": 0.5}
+    (entry,) = store.list().entries  # one conversation, under the model that answers now
+    assert (entry.model, entry.count) == ("other", 4)
+
+
+def test_conversations_are_loaded_from_files_and_from_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer, tmp_path: Path
+) -> None:
+    store = ConversationStore(tmp_path / "kept")
+    early = Conversation("m", (Message("user", "绿茶"), Message("assistant", "tea")), id="e" * 32, settings={"seed": 7})
+    store.save(early)
+    file = tmp_path / "talk.json"
+    session = scripted(tokenizer, "rice", "world", "tea", store=store)
+    lines = ["hello", f"/save {file}", "/load", "/load eee", "how are you?", "/clear", f"/load {file}", "/retry"]
+    _, out, err = talk(monkeypatch, capsys, session, *lines, "/load nobody", "/load none.json")
+    assert out == "rice\nworld\ntea\n"
+    assert "  eeeeeeee  2 messages  绿茶" in err
+    assert "[绿茶: 2 messages]" in err
+    assert "no conversation begins with 'nobody'" in err
+    assert "there is no file none.json" in err
+    assert [one.content for one in store.open("e" * 32).messages] == ["绿茶", "tea", "how are you?", "world"]
+    assert store.open("e" * 32).settings == {"seed": 7}
+    talks = [[one.content for one in store.open(entry.id).messages] for entry in store.list().entries]
+    assert ["hello", "tea"] in talks  # what the file had, answered again under an id of its own
+    assert ["hello", "rice"] in talks
+
+
+def test_a_conversation_is_written_in_three_forms(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer, tmp_path: Path
+) -> None:
+    paths = [tmp_path / name for name in ("talk.md", "talk.html", "talk")]
+    session = scripted(tokenizer, "tea")
+    talk(
+        monkeypatch,
+        capsys,
+        session,
+        "hello",
+        f"/save {paths[0]}",
+        f"/export {paths[1]}",
+        "/lang zh",
+        f"/save {paths[2]}",
+    )
+    assert "**Assistant**\n\ntea" in paths[0].read_text()
+    assert paths[1].read_text().lower().startswith("<!doctype html>")
+    assert json.loads(paths[2].read_text())["messages"][-1] == {"role": "assistant", "content": "tea"}
+
+
+def test_the_last_question_is_edited(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer
+) -> None:
+    session = scripted(tokenizer, "tea", "rice")
+    monkeypatch.delenv("VISUAL", raising=False)
+    monkeypatch.setenv("EDITOR", "sed -i s/hello/world/")
+    _, out, err = talk(monkeypatch, capsys, session, "/edit", "hello", "/edit", "/edit")
+    assert out == "tea\nrice\n"
+    assert [message.content for message in session.messages] == ["world", "rice"]
+    assert "error: there is no question yet" in err
+    assert "> world" in err
+    assert "[the question was not changed]" in err
+    monkeypatch.setenv("EDITOR", "no-such-editor")
+    assert "export EDITOR=nano" in talk(monkeypatch, capsys, session, "/edit")[2]
+    monkeypatch.setenv("EDITOR", "sh -c 'yes hello | head -n 3000 > $0'")  # longer than the context
+    assert "error: " in talk(monkeypatch, capsys, session, "/edit")[2]
+    assert [message.content for message in session.messages] == ["world", "rice"]
+
+
+def test_speed_and_context_are_in_view(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer
+) -> None:
+    session = scripted(tokenizer, "tea", "tea", "tea", "tea")
+    loop = ChatLoop(session)
+    assert loop._below() == "scripted"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/stats on\nhello\n/stats off\nhello\n/context\n"))
+    loop.run()
+    told = re.findall(r"prompt (\d+) tokens .*; context: ([\d,]+) of 2,048 tokens\]", capsys.readouterr().err)
+    assert len(told) == 2
+    last = session.last
+    assert last is not None
+    used = last.usage.prompt_tokens + last.usage.completion_tokens
+    assert told[1] == (str(last.usage.prompt_tokens), str(used))
+    assert loop._below().startswith(f"scripted  context {used / 2048:.0%} of 2,048  ")
+    assert loop._below().endswith(" tokens/s")
+
+
+# --- two languages ---
+
+
+def test_texts_have_the_same_blanks_in_both_languages() -> None:
+    for key, (english, chinese) in _TEXTS.items():
+        assert sorted(re.findall(r"\{.*?\}", english)) == sorted(re.findall(r"\{.*?\}", chinese)), key
+    for command, (english, chinese) in COMMANDS.items():
+        assert re.search("[\u4e00-\u9fff]", chinese), command
+        assert not re.search("[\u4e00-\u9fff]", english), command
+
+
+def test_help_and_notices_in_chinese(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer
+) -> None:
+    monkeypatch.setenv("GLMKIT_LANG", "zh")
+    _, out, err = talk(monkeypatch, capsys, scripted(tokenizer, "tea"), "/help", "hello", "/clear", "/lang en", "/help")
+    assert out == "tea\n"
+    chinese, english = err.split("[language: English]")
+    for command, (in_english, in_chinese) in COMMANDS.items():
+        assert f"  {command:8} {in_chinese}" in chinese
+        assert f"  {command:8} {in_english}" in english
+    assert "[已清空]" in chinese
+    assert "expected zh or en" in talk(monkeypatch, capsys, scripted(tokenizer, "tea"), "/lang en", "/lang fr")[2]
+
+
+# --- Markdown ---
+
+
+def painted(text: str, size: int = 1) -> str:
+    painter = MarkdownPainter()
+    return "".join(painter.feed(text[at : at + size]) for at in range(0, len(text), size)) + painter.end()
+
+
+def test_markdown_is_coloured() -> None:
+    bold, code, block, end = "\x1b[1m", "\x1b[36m", "\x1b[2;36m", "\x1b[0m"
+    for text, shown in (
+        ("# 一 `x`\n二", f"{bold}# 一 {end}{bold}{code}`x`{end}\n二"),
+        ("这是**重点**。", f"这是{bold}**重点**{end}。"),
+        ("`a**b` c", f"{code}`a**b`{end} c"),
+        ("2**10 a*b\n* c", "2**10 a*b\n* c"),
+        ("**open\nnext", f"{bold}**open{end}\nnext"),
+        (
+            "```py\n# **no**\n\n```\n**b**",
+            f"{block}```py{end}\n{block}# **no**{end}\n\n{block}```{end}\n{bold}**b**{end}",
+        ),
+        ("`", f"{code}`{end}"),
+        ("*", "*"),
+    ):
+        assert {painted(text, size) for size in (1, 2, 3, 100)} == {shown}
+
+
+def test_colours_are_for_terminals_that_want_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tokenizer: ChatGLMTokenizer
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def shown(plain: bool = False) -> str:
+        screen = Screen()
+        with contextlib.redirect_stdout(screen):
+            session = scripted(tokenizer, "**tea**")
+            write_answer(session.ask("hello", CancelToken()), plain=plain)
+        return screen.getvalue()
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert shown() == "**tea**\n"
+    monkeypatch.delenv("NO_COLOR")
+    assert shown() == "\x1b[1m**tea**\x1b[0m\n"
+    assert shown(plain=True) == "**tea**\n"
+    monkeypatch.setenv("TERM", "dumb")
+    assert shown() == "**tea**\n"
+
+
+def test_without_its_colours_it_is_the_answer() -> None:
+    chance = random.Random(0)
+    for _ in range(3000):
+        text = "".join(chance.choice("`*#\n a1茶") for _ in range(chance.randrange(20)))
+        shown = painted(text)
+        assert re.sub(r"\x1b\[[0-9;]*m", "", shown) == text
+        assert painted(text, 3) == shown
+
+
 # --- a real terminal ---
 
 PROMPT = r"\x1b\[\?2004h.*>"  # the editor takes keys: it asks for marked pastes, and shows its prompt
@@ -189,17 +396,25 @@ PROMPT = r"\x1b\[\?2004h.*>"  # the editor takes keys: it asks for marked pastes
 class Terminal:
     """The command in a terminal of its own."""
 
-    def __init__(self, *arguments: str, state: Path) -> None:
+    def __init__(self, *arguments: str, state: Path, code: str = "", **environment: str) -> None:
         self.seen = ""
         self.pid, self.keys = pty.fork()
         if self.pid == 0:
             os.environ |= {"XDG_STATE_HOME": str(state), "TERM": "xterm", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
             os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # nobody here answers where the cursor is
-            run = "import glmkit_command as command; command.main()"
+            os.environ |= environment
+            fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+            run = code or "import glmkit_command as command; command.main()"
             os.execv(sys.executable, [sys.executable, "-c", run, *arguments])
 
     def type(self, text: str) -> None:
         os.write(self.keys, text.encode())
+
+    def _read(self) -> None:
+        arrived = os.read(self.keys, 65536).decode(errors="replace")
+        for _ in range(arrived.count("\x1b[6n")):
+            self.type("\x1b[1;1R")  # where the cursor is: at the top
+        self.seen += arrived
 
     def expect(self, pattern: str, seconds: float = 60) -> str:
         """Waits for a text; what was seen up to its end is not looked at again."""
@@ -209,7 +424,7 @@ class Terminal:
                 raise AssertionError(f"{pattern!r} did not come; on the screen: {self.seen[-2000:]!r}")
             if select.select([self.keys], [], [], 0.1)[0]:
                 try:
-                    self.seen += os.read(self.keys, 65536).decode(errors="replace")
+                    self._read()
                 except OSError:  # how a pty says that the other end is closed
                     raise AssertionError(f"{pattern!r} did not come before the end: {self.seen[-2000:]!r}") from None
         self.seen = self.seen[found.end() :]
@@ -225,7 +440,7 @@ class Terminal:
                     self.type(key)
             if select.select([self.keys], [], [], 0.05)[0]:
                 with contextlib.suppress(OSError):
-                    self.seen += os.read(self.keys, 65536).decode(errors="replace")  # else its end waits for a reader
+                    self._read()  # else its end waits for a reader
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
                 self.pid = 0
@@ -316,3 +531,62 @@ def test_a_kill_loses_the_answer_only(
     assert messages[:4] == saved.messages
     expected = glmkit.load(endless).chat(list(saved.messages), max_tokens=5)
     assert messages == expected.messages
+    monkeypatch.setattr(sys, "stdin", None)
+    for wrong in ("zz", "../x"):
+        assert cli.run(["chat", "--resume", wrong, "--prompt", "tea"]) == 2
+    assert cli.run(["chat", "--resume", path.stem[:6], "--prompt", "tea", "--max-tokens", "3"]) == 0
+    assert [one.content for one in read_conversation(path).messages][: len(messages) + 1] == [
+        *(one.content for one in messages), "tea",
+    ]  # fmt: skip
+    capsys.readouterr()
+    assert cli.run(["logs", "search", "how are"]) == 0
+    assert capsys.readouterr().out.startswith(path.stem[:8])
+
+
+SCRIPTED = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_terminal import ConversationStore, ChatGLMTokenizer, ChatLoop, scripted
+tokenizer = ChatGLMTokenizer({vocabulary!r}, generation=3)
+session = scripted(tokenizer, "**tea**", "rice", "world", store=ConversationStore())
+sys.exit(ChatLoop(session, load=lambda name: session.loaded).run())
+"""
+
+
+def test_what_people_wish_for(tokenizer: ChatGLMTokenizer, tmp_path: Path, terminals: list[Terminal]) -> None:
+    code = SCRIPTED.format(tests=str(Path(__file__).parent), vocabulary=tokenizer.vocab_file)
+    terminal = Terminal(
+        state=tmp_path, code=code, NO_COLOR="", GLMKIT_LANG="en", VISUAL="sed -i s/x/y/", PROMPT_TOOLKIT_NO_CPR="0"
+    )
+    terminals.append(terminal)
+    terminal.expect(PROMPT)
+    terminal.type("/set temp\t")  # what may follow a command is completed
+    terminal.expect("erature=")
+    terminal.type("0\r")  # settings change without a restart, and are seen
+    terminal.expect("temperature = 0.*" + PROMPT)
+    terminal.type("/model glm-n\t")  # models too
+    terminal.expect("ano")
+    terminal.type("\r")
+    terminal.expect(r"\[model: glm-nano\].*" + PROMPT)
+    terminal.type("hello\r")
+    terminal.expect(r"\x1b\[1m\*\*tea\*\*\x1b\[0m")  # Markdown
+    terminal.expect(r"context \d+% of 2,048  [\d.]+ tokens/s")  # below the line
+    terminal.type("\x1b[A")  # the line before
+    terminal.expect("hello")
+    terminal.type("x\x07")  # Ctrl-G: the editor makes x a y
+    terminal.expect("helloy")
+    terminal.type("\r")
+    terminal.expect("rice.*" + PROMPT)
+    terminal.type(f"/export {tmp_path}/talk.md\r")
+    terminal.expect(r"saved.*" + PROMPT)
+    terminal.type("/lang zh\r")
+    terminal.expect("语言：中文.*" + PROMPT)
+    terminal.type("/he\t")
+    terminal.expect("/he.*lp")
+    terminal.type("\r")
+    terminal.expect("重新回答上一个问题.*" + PROMPT)
+    terminal.type("/load\r")
+    terminal.expect("4 条消息  hello.*" + PROMPT)
+    terminal.type("/quit\r")
+    assert terminal.exit_code() == 0
+    assert "**User**\n\nhelloy\n\n**Assistant**\n\nrice" in (tmp_path / "talk.md").read_text(encoding="utf-8")

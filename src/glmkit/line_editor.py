@@ -1,8 +1,8 @@
-"""Editing a message at a terminal: several lines, paste, history, completion of commands."""
+"""Editing a message at a terminal: several lines, paste, history, completion of commands and of what follows them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -10,6 +10,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.styles import Style
 
 from glmkit.chat.store import state_folder
 
@@ -18,17 +19,26 @@ class LineEditor:
     """Reads messages from a terminal.
 
     Args:
-        commands: Commands to complete, with what they do.
+        commands: The commands to complete, with what they do.
+        choices: What may follow a command.
+        below: What stands below the line: the model, what of its context is used, its speed.
     """
 
-    def __init__(self, commands: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        commands: Callable[[], Mapping[str, str]],
+        choices: Callable[[str], Sequence[str]],
+        below: Callable[[], str],
+    ) -> None:
         self._session: PromptSession[str] = PromptSession(
             "> ",
             multiline=True,  # so that a pasted text keeps its lines; Enter sends all the same
             prompt_continuation="  ",
             history=_history(),
-            completer=_CommandCompleter(commands),
+            completer=_CommandCompleter(commands, choices),
             complete_while_typing=False,
+            bottom_toolbar=below,
+            style=Style.from_dict({"bottom-toolbar": "noreverse"}),
             key_bindings=_keys(),
         )
 
@@ -46,15 +56,22 @@ class LineEditor:
 
 
 class _CommandCompleter(Completer):
-    def __init__(self, commands: Mapping[str, str]) -> None:
-        self._commands = commands
+    def __init__(self, commands: Callable[[], Mapping[str, str]], choices: Callable[[str], Sequence[str]]) -> None:
+        self._commands, self._choices = commands, choices
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
-        typed = document.text
-        if typed.startswith(("/", "!")) and " " not in typed:
-            for command, text in self._commands.items():
-                if command[1:].startswith(typed[1:]):
-                    yield Completion(typed[0] + command[1:], start_position=-len(typed), display_meta=text)
+        typed = document.text_before_cursor
+        if not typed.startswith(("/", "!")) or "\n" in typed:
+            return
+        command, space, rest = typed.partition(" ")
+        if not space:
+            for known, text in self._commands().items():
+                if known[1:].startswith(typed[1:]):
+                    yield Completion(typed[0] + known[1:], start_position=-len(typed), display_meta=text)
+            return
+        for choice in self._choices("/" + command[1:]):
+            if choice.startswith(rest):
+                yield Completion(choice, start_position=-len(rest))
 
 
 def _keys() -> KeyBindings:
@@ -63,6 +80,10 @@ def _keys() -> KeyBindings:
     @keys.add("enter")
     def send(event: Any) -> None:
         event.current_buffer.validate_and_handle()
+
+    @keys.add("c-g")
+    def open_editor(event: Any) -> None:
+        event.current_buffer.open_in_editor(validate_and_handle=False)
 
     # Alt-Enter arrives as Escape and Enter; Ctrl-J is what some terminals send for Shift-Enter.
     @keys.add("escape", "enter")

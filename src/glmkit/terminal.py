@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from glmkit.cli import paint
 from glmkit.errors import UsageError
+from glmkit.terminal_markdown import MarkdownPainter
+from glmkit.terminal_texts import say
+from glmkit.translation import Language, language
 
 if TYPE_CHECKING:
     from glmkit.chat.answers import AnswerStream, Reply
@@ -44,8 +47,8 @@ class ChatRequest:
         loading: Arguments of `glmkit.load`.
         sampling: Settings of `glmkit.chat.choices.choose`.
         json: Print one JSON object in place of the answer.
-        continued: Go on with the last conversation.
-        plain: No line editor.
+        continued: Go on with the conversation whose id begins so, "" with the last; None begins a new one.
+        plain: No line editor, and no colours in answers.
         verbose: Print speed and tokens after each answer.
     """
 
@@ -55,7 +58,7 @@ class ChatRequest:
     loading: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     json: bool = False
-    continued: bool = False
+    continued: str | None = None
     plain: bool = False
     verbose: bool = False
 
@@ -81,7 +84,10 @@ def run(request: ChatRequest) -> int:
         return _answer_once(session, question, request)
     from glmkit.terminal_loop import ChatLoop
 
-    return ChatLoop(session, line_editor=not request.plain, verbose=request.verbose).run()
+    others = request.loading | {"adapter": None, "family": None}  # which belong to the first model
+    return ChatLoop(
+        session, plain=request.plain, verbose=request.verbose, load=lambda name: load_model(name, others)
+    ).run()
 
 
 def notice(text: str) -> None:
@@ -151,28 +157,22 @@ def _read_stdin() -> str:
 
 
 def _open_session(request: ChatRequest) -> Session:
-    from glmkit.location import locate
-
     store, earlier = _kept(request)
     name = request.model or (earlier.model if earlier else DEFAULT_MODEL)
     arguments = dict(request.loading)
     if earlier is not None and earlier.model == name and arguments.get("adapter") is None:
         arguments["adapter"] = earlier.adapter
-    locate(name, download=bool(arguments.get("download")))
-    if sys.stderr.isatty():
-        notice(f"loading {name} …")
+    loaded = load_model(name, arguments)
     from glmkit.chat.session import Session
     from glmkit.chat.store import BASE
-    from glmkit.loading import load
 
-    loaded = load(name, **arguments)
     if earlier is not None and loaded.adapters is not None and earlier.active in (BASE, *loaded.adapters.names):
         loaded.use(None if earlier.active == BASE else earlier.active)
     if fills_blanks(loaded):
         if request.prompt is None:
-            notice(f"{name} fills blanks: write [MASK] where it shall put words; each text stands alone")
+            notice(say("fills", language(), name=name))
     elif loaded.family is not None and not loaded.family.chat:
-        notice(f"warning: {loaded.family.name} is a base model: it continues texts and was not trained to chat")
+        notice(say("base_model", language(), name=loaded.family.name))
     session = Session(
         loaded,
         name,
@@ -184,6 +184,26 @@ def _open_session(request: ChatRequest) -> Session:
     if request.system is not None:
         session.set_system(request.system)
     return session
+
+
+def load_model(name: str, arguments: dict[str, Any]) -> Any:
+    """Loads a model for a conversation.
+
+    Args:
+        name: Folder, name or hub id.
+        arguments: Of `glmkit.load`.
+
+    Raises:
+        GlmkitError: There is no such model, or it cannot be loaded.
+    """
+    from glmkit.location import locate
+
+    locate(name, download=bool(arguments.get("download")))  # before the seconds that importing torch takes
+    if sys.stderr.isatty():
+        notice(say("loading", language(), name=name))
+    from glmkit.loading import load
+
+    return load(name, **arguments)
 
 
 def fills_blanks(loaded: Any) -> bool:
@@ -203,12 +223,11 @@ def _kept(request: ChatRequest) -> tuple[ConversationStore | None, Conversation 
     from glmkit.chat.store import ConversationStore
 
     store = ConversationStore()
-    if not request.continued:
+    if request.continued is None:
         return None if request.prompt is not None else store, None
-    newest = store.newest()
-    if newest is None:
+    if not request.continued and store.newest() is None:
         raise UsageError("there is no earlier conversation to continue", hint="start one without --continue")
-    return store, store.open(newest)
+    return store, store.open(store.identify(request.continued))
 
 
 # --- answering ---
@@ -237,59 +256,90 @@ def ctrl_c_cancels(cancel: CancelToken) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def write_answer(replying: AnswerStream, *, quiet: bool = False) -> None:
-    """Prints an answer on standard output as it arrives; what was put into blanks is underlined in a terminal.
+def write_answer(replying: AnswerStream, *, quiet: bool = False, plain: bool = False) -> None:
+    """Prints an answer on standard output as it arrives; a terminal gets Markdown in colours, and fillings underlined.
 
     Args:
         replying: The answer.
         quiet: Print nothing.
+        plain: Print it without colours.
     """
     from glmkit.chat.answers import Filled
 
+    coloured = not plain and paint("x", "1", sys.stdout) != "x"
+    painter = MarkdownPainter() if coloured else None
     ended = True
-    for piece in replying:
-        shown = printable(piece)
-        if shown and not quiet:
-            print(paint(shown, "1;4", sys.stdout) if isinstance(piece, Filled) else shown, end="", flush=True)
+    try:
+        for piece in replying:
+            shown = printable(piece)
+            if not shown or quiet:
+                continue
             ended = shown.endswith("\n")
+            if isinstance(piece, Filled) and painter is not None:
+                shown = painter.end() + paint(shown, "1;4", sys.stdout)
+                painter = MarkdownPainter()
+            elif painter is not None:
+                shown = painter.feed(shown)
+            print(shown, end="", flush=True)
+    finally:
+        if painter is not None:
+            print(painter.end(), end="", flush=True)
     if not ended:
         print(flush=True)
 
 
-def report(reply: Reply, *, verbose: bool, known_dropped_turns: int = 0) -> None:
+def report(
+    reply: Reply,
+    *,
+    verbose: bool,
+    known_dropped_turns: int = 0,
+    context_tokens: int | None = None,
+    shown_in: Language = "en",
+) -> None:
     """Says on standard error what the answer itself does not show.
 
     Args:
         reply: The answer.
         verbose: Also say what is as usual: tokens and speed.
         known_dropped_turns: How many turns were left out before, and reported then.
+        context_tokens: What prompt and answer may have together, if that is to be told.
+        shown_in: The language.
     """
     if reply.dropped_turns > known_dropped_turns:
-        turns = "turn was" if reply.dropped_turns == 1 else f"{reply.dropped_turns} turns were"
-        notice(f"[the context is full: the oldest {turns} left out]")
+        key = "dropped_one" if reply.dropped_turns == 1 else "dropped"
+        notice(say(key, shown_in, turns=reply.dropped_turns))
     if reply.tool_call is not None:
         arguments = json.dumps(reply.tool_call.arguments, ensure_ascii=False, default=str)
-        notice(f"[calls the tool {reply.tool_call.name} with {printable(arguments)}]")
+        notice(say("tool", shown_in, name=reply.tool_call.name, arguments=printable(arguments)))
     if reply.malformed is not None:
-        notice(f"[not a usable tool call: {printable(reply.malformed)}]")
+        notice(say("malformed", shown_in, text=printable(reply.malformed)))
     if reply.finish_reason == "length":
-        notice("[cut at the longest length allowed]")
+        notice(say("cut", shown_in))
     if reply.finish_reason == "cancelled":
-        notice("[stopped]")
+        notice(say("stopped", shown_in))
     if verbose:
-        notice(describe(reply))
+        notice(describe(reply, context_tokens=context_tokens, shown_in=shown_in))
 
 
-def describe(reply: Reply) -> str:
+def describe(reply: Reply, *, context_tokens: int | None = None, shown_in: Language = "en") -> str:
     """Tokens and speed of an answer in one line.
 
     Args:
         reply: The answer.
+        context_tokens: What prompt and answer may have together, if that is to be told.
+        shown_in: The language.
     """
     usage, timings = reply.usage, reply.timings
-    return (
-        f"[{usage.completion_tokens} tokens, {timings.tokens_per_second:.1f} tokens/s; "
-        f"prompt {usage.prompt_tokens} tokens in {timings.prefill_seconds:.2f} s; ended by: {reply.finish_reason}]"
+    used = usage.prompt_tokens + usage.completion_tokens
+    return say(
+        "stats",
+        shown_in,
+        tokens=usage.completion_tokens,
+        speed=timings.tokens_per_second,
+        prompt=usage.prompt_tokens,
+        seconds=timings.prefill_seconds,
+        reason=reply.finish_reason,
+        context=say("stats_context", shown_in, used=used, all=context_tokens) if context_tokens else "",
     )
 
 
@@ -299,11 +349,11 @@ def _answer_once(session: Session, question: str, request: ChatRequest) -> int:
     cancel = CancelToken()
     with ctrl_c_cancels(cancel):
         replying = session.ask(question, cancel)
-        write_answer(replying, quiet=request.json)
+        write_answer(replying, quiet=request.json, plain=request.plain)
     reply = session.finish(replying)
     if request.json:
         print(_escaped(json.dumps(_as_json(session, reply), ensure_ascii=False, indent=2)))
-    report(reply, verbose=request.verbose)
+    report(reply, verbose=request.verbose, shown_in=language())
     return 130 if reply.finish_reason == "cancelled" else 0
 
 

@@ -34,7 +34,7 @@ class Session:
         warn: Told once if it cannot be written.
 
     Raises:
-        UsageError: A setting does not exist or fit.
+        UsageError: A setting does not exist or fit, or there is no tokenizer.
     """
 
     def __init__(
@@ -48,6 +48,11 @@ class Session:
         earlier: Conversation | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
+        if loaded.tokenizer is None:
+            raise UsageError(
+                f"{loaded.path} has no tokenizer, so text cannot be read or written",
+                hint="copy the tokenizer's files from the checkpoint's original repository",
+            )
         self.loaded, self.name, self.store, self._warn = loaded, name, store, warn
         self._kept = earlier or Conversation(name)
         self.adapter: str | None = None if loaded.adapter is None else loaded.adapters.chosen

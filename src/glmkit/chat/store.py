@@ -171,6 +171,26 @@ class ConversationStore:
         """Id of the conversation that was written to last, None if there is none."""
         return next((entry.id for entry in self.list().entries), None)
 
+    def identify(self, beginning: str) -> str:
+        """The id that begins so.
+
+        Args:
+            beginning: The first characters of an id, or all; nothing is the conversation that was last written to.
+
+        Raises:
+            UsageError: There is none, or there are several.
+        """
+        found = [entry.id for entry in self.list().entries if entry.id.startswith(beginning)]
+        if not found:
+            what = f"no conversation begins with {beginning[:80]!r}" if beginning else "there is no conversation yet"
+            raise UsageError(what, hint="glm logs list shows them; glm chat begins one")
+        if beginning and len(found) > 1 and beginning not in found:
+            shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+            raise UsageError(
+                f"{len(found)} conversations begin with {beginning!r}: {shown}", hint="type more of the id"
+            )
+        return beginning if beginning in found else found[0]
+
     def find(self, text: str) -> tuple[Entry, ...]:
         """Conversations with a text in their title or in what was said, in upper or lower case.
 

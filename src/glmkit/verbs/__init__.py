@@ -9,10 +9,10 @@ from typing import Any
 
 import typer
 
-from glmkit.verbs import evaluating, machine, models, recipes, talking, tuning
+from glmkit.verbs import evaluating, logs, machine, models, recipes, storage, talking, tuning
 from glmkit.verbs.app import app
 
-__all__ = ["command", "evaluating", "machine", "models", "recipes", "talking", "tuning"]
+__all__ = ["command", "evaluating", "logs", "machine", "models", "recipes", "storage", "talking", "tuning"]
 
 
 def command() -> Any:

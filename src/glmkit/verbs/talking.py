@@ -48,6 +48,9 @@ def chat(
         typer.Option("--lookup", metavar="N", help="Draft up to N tokens from the text: same answer, often faster."),
     ] = None,
     continue_: Annotated[bool, typer.Option("--continue", "-c", help="Continue the last conversation.")] = False,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="ID", help="Continue another one, see glm logs list.")
+    ] = None,
     json_: Json = False,
     plain: Annotated[bool, typer.Option("--plain", help="No line editor and no colours.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Speed and tokens after each answer.")] = False,
@@ -78,7 +81,7 @@ def chat(
             loading=loading | {"download": yes},
             sampling={name: value for name, value in sampling.items() if value is not None},
             json=json_,
-            continued=continue_,
+            continued="" if continue_ and resume is None else resume,
             plain=plain,
             verbose=verbose,
         )
@@ -124,6 +127,12 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", help="What runs may go on so long after SIGTERM.")
     ] = 30.0,
+    requests_per_minute: Annotated[
+        int | None, typer.Option("--requests-per-minute", metavar="N", help="Of each key; more get 429.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option("--tokens-per-minute", metavar="N", help="Read and written for each key; then 429.")
+    ] = None,
     store: Annotated[
         str | None, typer.Option("--store", metavar="FOLDER", help="Keeps answers that clients ask to store.")
     ] = None,
@@ -145,6 +154,8 @@ def serve(
         waiting_seconds=waiting_timeout_seconds,
         request_seconds=request_timeout_seconds,
         drain_seconds=drain_seconds,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
         log_prompts=log_prompts,
         store=None if store is None else Path(store),
     )
@@ -228,6 +239,7 @@ def run(
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends an answer; repeatable.")
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="How many threads compute.")] = None,
+    json_: Json = False,
 ) -> int:
     """Runs what was exported; needs numpy, tokenizers, and onnxruntime or openvino."""
     from glmkit.runtime.terminal import run as answer
@@ -237,6 +249,7 @@ def run(
         prompt,
         system=system,
         threads=threads,
+        as_json=json_,
         stop=tuple(stop or ()),
         max_new_tokens=max_tokens,
         temperature=temperature,
