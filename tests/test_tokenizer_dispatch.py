@@ -204,7 +204,7 @@ def test_pieces_beyond_limits_are_refused(tmp_path: Path) -> None:
     rules[8:2_000] = b"\xff" * 1_992
     model.normalizer_spec.precompiled_charsmap = bytes(rules)
     (tmp_path / "ice_text.model").write_bytes(model.SerializeToString())
-    with pytest.raises(TokenizerError, match="refused by the sentencepiece library"):
+    with pytest.raises(TokenizerError, match="the normaliser's rules are broken"):
         ChatGLM1Tokenizer(tmp_path / "ice_text.model")
 
 

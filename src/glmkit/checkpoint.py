@@ -45,11 +45,12 @@ MODEL_WEIGHTS = (
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """File names of a PEFT adapter's weights, the preferred first."""
 
-MAX_CONFIG_BYTES = 10 << 20
-MAX_INDEX_BYTES = 32 << 20
-MAX_HEADER_BYTES = 25 << 20
+MAX_CONFIG_BYTES = 2 << 20
+MAX_INDEX_BYTES = 8 << 20
+MAX_HEADER_BYTES = 12 << 20
+MAX_JSON_VALUES = 300_000  # a value of two bytes in a file takes a hundred in memory
 MAX_METADATA_CHARACTERS = 1 << 20
-MAX_TENSORS = 100_000
+MAX_TENSORS = 20_000  # GLM-130B has 1,124, and in eight parts as many in each
 MAX_SHARDS = 256  # all are held open, and a process usually may open 1024 files
 MAX_CONFIG_DEPTH = 32
 READ_CHUNK_BYTES = 32 << 20  # large enough for full speed, small enough that Ctrl-C is answered at once
@@ -594,6 +595,8 @@ def _parse_object(data: bytes, max_depth: int, *, unique_keys: bool = True) -> d
     """Parses a JSON object strictly: UTF-8, nested at most `max_depth` deep, and no key twice if that is asked for."""
     if data.startswith(b"version https://git-lfs"):
         raise FileRefused("is a git-lfs pointer, not the file itself", hint="git lfs pull")
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise FileRefused(f"has more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique if unique_keys else None)
     except RecursionError as error:

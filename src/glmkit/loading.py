@@ -36,7 +36,7 @@ from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.runtime.exported import refuse
 from glmkit.shards import is_model_parallel, open_model_parallel
 from glmkit.tokenizers import has_tokenizer, load_tokenizer
-from glmkit.weights import Devices, check_model, load_model
+from glmkit.weights import Devices, check_model, load_model, read_generation
 
 logger = logging.getLogger("glmkit")
 
@@ -155,7 +155,8 @@ class Loaded:
     def _with_adapters(self) -> Adapters:
         if self.adapters is None:
             raise UsageError(
-                "this model was loaded without adapters", hint='glmkit.load(BASE, adapter={"NAME": FOLDER})'
+                "this model was loaded without adapters",
+                hint='glm chat BASE --adapter NAME=FOLDER; in Python glmkit.load(BASE, adapter={"NAME": FOLDER})',
             )
         return self.adapters
 
@@ -550,6 +551,7 @@ def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **
             with torch.device("meta"):
                 probe = cls(config)
             check_model(folder, probe, new=_UNTRAINED)
+            read_generation(folder)
             model = hf.PreTrainedModel.from_pretrained.__func__(cls, str(location), *args, config=config, **kwargs)
             if getattr(config, "pre_seq_len", None):  # transformers' loader makes every parameter trainable
                 model.base_model.freeze_all_but_prefix()

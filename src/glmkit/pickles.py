@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-MAX_DIRECTORY_BYTES = 32 << 20
+MAX_DIRECTORY_BYTES = 8 << 20
 MAX_ENTRIES = 100_000
-MAX_PICKLE_BYTES = 64 << 20
+MAX_PICKLE_BYTES = 16 << 20
 MAX_INSTRUCTIONS = 200_000  # torch writes about 30 per tensor
 MAX_DIMENSIONS = 8
 

@@ -438,7 +438,11 @@ def _bits(shapes: Mapping[str, tuple[int, ...]], path: Path) -> int:
     norm = re.sub(r"[a-z_]*attention\.query_key_value\.weight_scale$", "input_layernorm.weight", name)
     hidden, columns = shapes.get(norm, (0,))[0], shapes[name.removesuffix(_SCALE)][1]
     if columns not in (hidden, hidden // 2):
-        raise CheckpointError(shown_path(path), [f"{name}: its weight has {columns} columns for {hidden} channels"])
+        raise CheckpointError(
+            shown_path(path),
+            [f"{name}: its weight has {columns} columns for {hidden} channels"],
+            hint="copy the files again",
+        )
     return 8 if columns == hidden else 4
 
 

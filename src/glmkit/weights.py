@@ -20,6 +20,7 @@ from glmkit.errors import CheckpointError, UsageError
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm import official_name
 from glmkit.models.glm_network import GLMPreTrainedModel
+from glmkit.pickles import printable
 from glmkit.placement import check_table, device_of, place_layers, plan_layers
 from glmkit.quant.bitsandbytes import BITS, quantized_linear
 from glmkit.quant.linear import QuantizedLinear, return_free_memory
@@ -86,8 +87,30 @@ def load_model(
         return_free_memory()
     if len(set(places.values())) > 1:
         place_layers(model, places)
-    hf.set_generation_config(model, folder.read_object("generation_config.json"))
+    hf.set_generation_config(model, read_generation(folder))
     return model.eval()
+
+
+def read_generation(folder: Folder) -> dict[str, Any] | None:
+    """Reads a generation_config.json, which transformers takes apart field by field.
+
+    Args:
+        folder: The opened checkpoint.
+
+    Returns:
+        Its content, None if there is none.
+
+    Raises:
+        CheckpointError: It is no JSON object, or transformers has no use for a value in it.
+    """
+    values = folder.read_object("generation_config.json")
+    try:
+        hf.GenerationConfig.from_dict(values or {})
+    except Exception as error:  # whatever a field of another kind leads to there
+        problem = f"generation_config.json is refused by transformers: {printable(str(error))}"
+        hint = "correct the field, or take the file away: answers are then chosen as the official code does"
+        raise CheckpointError(shown_path(folder.path), [problem], hint=hint) from error
+    return values
 
 
 def empty_model(cls: type[Any], config: CheckedConfig) -> Any:

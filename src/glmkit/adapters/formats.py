@@ -15,6 +15,7 @@ import copy
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,7 +276,7 @@ def _rank(adapter: Folder, sides: Mapping[str, str]) -> int:
 def _scale(adapter: Folder, alpha: Any, rank: int) -> float:
     if alpha is None:
         alpha = _UNKNOWN_ALPHA
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
         problem = f"lora_alpha is {alpha!r:.40}, expected a number"
         raise CheckpointError(shown_path(adapter.path), [problem], hint="write it into adapter_config.json as a number")
     divisor = math.sqrt(rank) if adapter.config.get("use_rslora") else rank

@@ -44,7 +44,7 @@ def config_class(values: Mapping[str, Any]) -> type[CheckedConfig]:
     neighbour = _neighbour(values)
     if neighbour is not None:
         name, cure = neighbour
-        raise ConfigError(f"this is {name} (model_type {kind!r}), which glmkit does not load", hint=cure)
+        raise ConfigError(f"this is {name} (model_type {kind!r:.40}), which glmkit does not load", hint=cure)
     if kind == "glm-130b":
         return GLM130BConfig
     if kind == "glm" or (kind is None and "block_position_encoding" in values):
@@ -53,7 +53,7 @@ def config_class(values: Mapping[str, Any]) -> type[CheckedConfig]:
         first = "inner_hidden_size" in values or "position_encoding_2d" in values
         return ChatGLMConfig if first else ChatGLM2Config
     raise ConfigError(
-        f"model_type is {kind!r}: expected 'chatglm', 'glm' or 'glm-130b'",
+        f"model_type is {kind!r:.40}: expected 'chatglm', 'glm' or 'glm-130b'",
         hint="glmkit loads the GLM lineage; other models are loaded by transformers' AutoModelForCausalLM",
     )
 
@@ -83,5 +83,5 @@ def _neighbour(values: Mapping[str, Any]) -> tuple[str, str] | None:
             _TRANSFORMERS_OWN + "; glm convert FOLDER NEW --to official makes a folder that glmkit loads",
         )
     if kind.startswith(("glm4", "glm_", "glm46v", "glmasr", "glm-")) and kind != "glm-130b":
-        return f"a later model of the GLM series ({kind})", _TRANSFORMERS_OWN
+        return f"a later model of the GLM series ({kind:.40})", _TRANSFORMERS_OWN
     return None

@@ -13,6 +13,7 @@ import torch
 
 from glmkit import hf
 from glmkit.errors import ConfigError
+from glmkit.pickles import printable
 
 # Fields of transformers and of tools around it that change nothing in the network.
 _INERT = set(
@@ -25,6 +26,7 @@ _INERT = set(
 )
 
 _MAX_LABELS = 100_000
+_SHOWN_PROBLEMS, _SHOWN_CHARACTERS = 20, 400
 _CURES = {
     "quantization_config": "load the checkpoint that is not quantised, with quantize='int8' or 'int4' if it shall be;"
     " glm quantize writes that as a folder"
@@ -105,8 +107,11 @@ class CheckedConfig(hf.PreTrainedConfig):
         if problems:
             known = {**_CURES, **cls.cures}
             cures = [cure for field, cure in known.items() if any(field in problem for problem in problems)]
+            problems = list(dict.fromkeys(problems))
+            shown = [printable(problem, _SHOWN_CHARACTERS) for problem in problems[:_SHOWN_PROBLEMS]]
+            more = [f"… and {len(problems) - _SHOWN_PROBLEMS} more"] if len(problems) > _SHOWN_PROBLEMS else []
             raise ConfigError(
-                "this config cannot be loaded:\n" + "\n".join(f"  - {problem}" for problem in problems),
+                "this config cannot be loaded:\n" + "\n".join(f"  - {problem}" for problem in [*shown, *more]),
                 hint=cures[0] if cures else "compare config.json with the one of the official repository",
             )
 
@@ -196,7 +201,11 @@ def unreadable(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"num_labels={labels!r:.80}: expected a whole number from 1 to {_MAX_LABELS:,}")
     if names is not None and not (isinstance(names, dict) and all(str(key).isdecimal() for key in names)):
         problems.append(f"id2label={names!r:.80}: expected an object of numbers to names")
-    if not isinstance(values.get("architectures") or [], list):
+    padding = values.get("pad_token_id")
+    if padding is not None and type(padding) is not int:
+        problems.append(f"pad_token_id={padding!r:.80}: expected a token id")
+    named = values.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         problems.append(f"architectures={values['architectures']!r:.80}: expected a list of names")
     for field in ("dtype", "torch_dtype"):
         dtype = values.get(field)
@@ -207,7 +216,9 @@ def unreadable(values: Mapping[str, Any]) -> list[str]:
 
 
 def _unknown_fields(cls: type[CheckedConfig], values: dict[str, Any]) -> list[str]:
-    known = set(cls.__dataclass_fields__) | set(cls.attribute_map) | _INERT
+    # Of transformers' own fields only inert ones: a file that brought `attribute_map` would rename those checked here.
+    known = set(cls.__dataclass_fields__) - set(hf.PreTrainedConfig.__dataclass_fields__)
+    known |= set(cls.attribute_map) | _INERT
     known |= {"quantization_config", *hf.GenerationConfig().to_dict()}
     return [
         f"unknown field {name:.80}={value!r:.80}: nobody knows whether it changes the result"

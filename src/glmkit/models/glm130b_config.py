@@ -141,9 +141,9 @@ def config_from_tensors(
     }
     missing = [name for name, dimensions in wanted.items() if len(shapes.get(name, ())) != dimensions]
     if missing:
+        problems = [f"{name}: expected a matrix, found {shapes.get(name, 'nothing')}" for name in missing]
         raise ConfigError(
-            "these tensors do not look like a GLM-130B checkpoint:\n"
-            + "\n".join(f"  - {name}: expected a matrix, found {shapes.get(name, 'nothing')}" for name in missing),
+            "these tensors do not look like a GLM-130B checkpoint:\n" + "\n".join(f"  - {one}" for one in problems),
             hint="give the merged tensors, with names like transformer.layers.0.attention.query_key_value.weight",
         )
     vocabulary, hidden = shapes["transformer.word_embeddings.weight"]

@@ -6,6 +6,7 @@ The answer, and nothing else, goes to standard output; everything about it goes 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import signal
 import sys
@@ -17,8 +18,10 @@ from typing import Any
 from glmkit.errors import GlmkitError, UsageError
 from glmkit.runtime.answering import Model, load
 from glmkit.runtime.prompts import Said
+from glmkit.translation import labelled, language
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # with which a text could take over a terminal
+_SCHEMA = 1
 _COMMANDS = {
     "/help": "this list",
     "/clear": "forget the conversation",
@@ -33,6 +36,7 @@ def run(
     *,
     system: str | None = None,
     threads: int | None = None,
+    as_json: bool = False,
     **settings: Any,
 ) -> int:
     """Answers one question, or talks until the user leaves.
@@ -42,6 +46,7 @@ def run(
         prompt: The question; "-" is standard input. None is the conversation.
         system: System prompt.
         threads: How many compute.
+        as_json: Print one JSON object in place of the answer to the question.
         **settings: See `Model.answer`.
 
     Returns:
@@ -50,13 +55,17 @@ def run(
     Raises:
         GlmkitError: What the user can cure.
     """
+    if as_json and prompt is None:
+        raise UsageError("--json prints one answer and needs a question", hint='glm run FOLDER --json --prompt "你好"')
     question = sys.stdin.read().strip() if prompt == "-" else prompt
     if question is not None and not question.strip():
         raise UsageError("the question is empty", hint='glm run FOLDER --prompt "你好"')
     model = load(folder, threads=threads)
     before = [] if system is None else [Said("system", system)]
     if question is not None:
-        _show(model, [*before, Said("user", question)], settings)
+        _show(model, [*before, Said("user", question)], settings, quiet=as_json)
+        if as_json:
+            print(json.dumps(_described(model), ensure_ascii=False, indent=2))
         return 0
     return _Conversation(model, before, settings).run()
 
@@ -83,7 +92,7 @@ class _Conversation:
             try:
                 self._take(line.strip())
             except GlmkitError as error:
-                _notice(f"error: {error}")
+                _notice(labelled(error, language()))
 
     def _take(self, line: str) -> None:
         word, _, rest = line.partition(" ")
@@ -103,15 +112,31 @@ class _Conversation:
                 self.messages = [*asked, *self.model.last.messages]
 
 
-def _show(model: Model, messages: Sequence[Said], settings: dict[str, Any]) -> None:
+def _described(model: Model) -> dict[str, Any]:
+    """The last answer, with the names that `glm chat --json` has."""
+    answer = model.last
+    return {
+        "schema": _SCHEMA,
+        "family": model.description.family,
+        "text": answer.text,
+        "messages": [{"role": one.role, "content": one.content} for one in answer.messages],
+        "finish_reason": answer.finish_reason or "cancelled",
+        "dropped_turns": answer.dropped_turns,
+        "usage": {"completion_tokens": len(answer.token_ids)},
+    }
+
+
+def _show(model: Model, messages: Sequence[Said], settings: dict[str, Any], *, quiet: bool = False) -> None:
     with _ctrl_c() as asked:
         pieces = model.answer(messages, **settings)
         for piece in pieces:
-            print(_CONTROL.sub("", piece), end="", flush=True)
+            if not quiet:
+                print(_CONTROL.sub("", piece), end="", flush=True)
             if asked:
                 break
         pieces.close()
-    print(flush=True)
+    if not quiet:
+        print(flush=True)
     if model.last.dropped_turns:
         _notice(f"[the oldest {model.last.dropped_turns} turns do not fit into the context and were left out]")
 
@@ -156,5 +181,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(given.pop("folder"), given.pop("prompt"), **given)
     except GlmkitError as error:
-        _notice(f"error: {error}")
+        _notice(labelled(error, language()))
         return error.exit_code

@@ -68,7 +68,7 @@ class Tokens:
                 f"there is no vocabulary of the kind {data['kind']!r}; expected one of {', '.join(KINDS)}"
             )
         path = folder / data["file"]
-        if not path.is_file():
+        if Path(data["file"]).name != data["file"] or not path.is_file():  # a path would lead out of the folder
             raise TokenizerError(f"no tokenizer: {path} is missing", hint="export the model again")
         library = data["kind"] in ("sentencepiece", "ice")
         self._encode, self._decode = self._of_library(path, data) if library else self._of_rust(path, data)

@@ -70,9 +70,12 @@ class ChatGLM1Tokenizer(ChatTokenizer):
         path = Path(vocab_file)
         for unsupported in ("do_lower_case", "remove_space"):
             if kwargs.get(unsupported):
-                raise TokenizerError(f"{unsupported}=true: no released tokenizer of ChatGLM-6B does that")
+                raise TokenizerError(
+                    f"{unsupported}=true: no released tokenizer of ChatGLM-6B does that",
+                    hint="copy tokenizer_config.json from the checkpoint's original repository",
+                )
         if generation not in (None, 1):
-            raise TokenizerError(f"{path} is {MODEL_FILE} of ChatGLM-6B, which is generation 1, not {generation!r}")
+            raise TokenizerError(f"{path} is {MODEL_FILE} of ChatGLM-6B, which is generation 1, not {generation!r:.40}")
         text = IceText(path)
         image_tokens = image_tokens_of(path.parent, num_image_tokens, text.ids)
         self.text = text = IceText(path, image_tokens) if image_tokens else text

@@ -55,7 +55,7 @@ def decide_generation(folder: Path, generation: int | None = None) -> int:
     told = tokenizer_config.get("generation") if generation is None else generation
     if told is not None:
         if not isinstance(told, int) or told not in (2, 3):
-            raise TokenizerError(f"there is no generation {told!r} of this tokenizer", hint=_CURE)
+            raise TokenizerError(f"there is no generation {told!r:.40} of this tokenizer", hint=_CURE)
         return told
     signs = {
         "name_or_path in tokenizer_config.json": _named(tokenizer_config.get("name_or_path")),
@@ -87,7 +87,10 @@ def model_config(folder: Path) -> dict[str, object]:
     """
     path = folder / "config.json"
     if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
-        raise TokenizerError(f"{path} has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} expected")
+        raise TokenizerError(
+            f"{path} has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} expected",
+            hint=f"copy {path.name} from the checkpoint's original repository",
+        )
     return _object(_read(path, MAX_CONFIG_BYTES))
 
 
@@ -206,7 +209,7 @@ def folder_to_save_in(save_directory: str | os.PathLike[str], push_to_hub: bool 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error}") from error
+        raise OutputError(f"{folder} cannot be made: {error}", hint="choose a folder that can be written to") from error
     return folder
 
 
@@ -273,5 +276,8 @@ def kept_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
         return kept
     whole = longest.is_integer() if isinstance(longest, float) else type(longest) is int  # JSON may say 1e30
     if not whole or longest <= 0:
-        raise TokenizerError(f"model_max_length={longest!r:.80}: expected a whole number from 1, or null for no limit")
+        raise TokenizerError(
+            f"model_max_length={longest!r:.80}: expected a whole number from 1, or null for no limit",
+            hint="copy tokenizer_config.json from the checkpoint's original repository",
+        )
     return kept | {"model_max_length": int(longest)}

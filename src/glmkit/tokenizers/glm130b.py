@@ -57,7 +57,9 @@ class GLM130BTokenizer:
 
     def __init__(self, vocab_file: str | os.PathLike[str], num_image_tokens: int = IMAGE_TOKENS) -> None:
         if isinstance(num_image_tokens, bool) or not isinstance(num_image_tokens, int) or num_image_tokens < 0:
-            raise TokenizerError(f"num_image_tokens={num_image_tokens!r}: expected a whole number, {IMAGE_TOKENS:,}")
+            raise TokenizerError(
+                f"num_image_tokens={num_image_tokens!r:.40}: expected a whole number, {IMAGE_TOKENS:,}"
+            )
         self.vocab_file = os.fspath(vocab_file)
         self.text = IceText(Path(vocab_file), num_image_tokens)
         self.num_image_tokens = num_image_tokens

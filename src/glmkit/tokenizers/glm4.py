@@ -43,8 +43,8 @@ CONTROL_TOKENS = (
     *(f"<|{role}|>" for role in ROLES),
     *("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"),
 )
-MAX_FILE_BYTES = 64 * 2**20  # the released file has 2.6 MB
-MAX_SEQUENCES = 1_000_000
+MAX_FILE_BYTES = 16 * 2**20  # the released file has 2.6 MB
+MAX_SEQUENCES = 300_000  # the released file has 151,329
 MAX_SEQUENCE_BYTES = 1_000  # the longest of the released file has 512: blanks
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -83,7 +83,7 @@ class ChatGLM4Tokenizer(ChatTokenizer):
         path = Path(vocab_file)
         data, sequences = read_ranks(path)
         if generation not in (None, 4):
-            raise TokenizerError(f"{path} is the tokenizer of GLM-4-9B, which is generation 4, not {generation!r}")
+            raise TokenizerError(f"{path} is the tokenizer of GLM-4-9B, which is generation 4, not {generation!r:.40}")
         self._sequences = sequences
         self.special_tokens = {name: len(sequences) + offset for offset, name in enumerate(CONTROL_TOKENS)}
         super().__init__(path, data, _build(path, sequences), padding_side, **kwargs)
@@ -261,11 +261,18 @@ def read_ranks(path: Path) -> tuple[bytes, list[bytes]]:
         )
     size_bytes = path.stat().st_size
     if size_bytes > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path} has {size_bytes} bytes; a file of ranks has at most {MAX_FILE_BYTES}")
+        raise TokenizerError(
+            f"{path} has {size_bytes} bytes; a file of ranks has at most {MAX_FILE_BYTES}",
+            hint=f"copy {path.name} from the checkpoint's original repository",
+        )
     data = path.read_bytes()
+    count = data.count(b"\n")
+    if count > MAX_SEQUENCES:  # before they are taken apart, which takes the memory
+        raise TokenizerError(
+            f"{path} has {count} lines, at most {MAX_SEQUENCES} expected",
+            hint=f"copy {path.name} from the checkpoint's original repository",
+        )
     lines = data.removesuffix(b"\n").split(b"\n")
-    if len(lines) > MAX_SEQUENCES:
-        raise TokenizerError(f"{path} has {len(lines)} lines, at most {MAX_SEQUENCES} expected")
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, start=1):
         coded, _, rank = line.partition(b" ")

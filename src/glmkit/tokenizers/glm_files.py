@@ -73,7 +73,7 @@ def refuse_other_numbers(path: Path, known: Mapping[str, int]) -> None:
         TokenizerError: A token has another id there; all of them are named.
     """
     wrong = [
-        f"{token} is {index} and not {known[token]}"
+        f"{token} is {index!r:.40} and not {known[token]}"
         for token, index in read_config(path).items()
         if token in known and known[token] != index
     ]

@@ -76,7 +76,7 @@ class GLMTokenizer(CommandNames, TokenizersBackend):
         **kwargs: Any,
     ) -> None:
         if style not in ("hf", "original"):
-            raise UsageError(f"style={style!r}: expected 'hf' or 'original'")
+            raise UsageError(f"style={style!r:.40}: expected 'hf' or 'original'")
         for side in (padding_side, truncation_side):
             if side not in ("left", "right"):
                 raise UsageError(f"a side is {side!r:.80}: expected 'left' or 'right'")

@@ -21,10 +21,12 @@ from typing import Protocol
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from glmkit.errors import TokenizerError
+from glmkit.pickles import printable
 from glmkit.runtime.vocabulary import BertText, byte_letters, join_word_pieces
 from glmkit.tokenizers.sentencepiece_file import (
     CONTROL,
     MAX_FILE_BYTES,
+    MAX_PIECES,
     NORMAL,
     UNKNOWN,
     USER_DEFINED,
@@ -77,20 +79,24 @@ class BytePieces:
         pairs = [pair for line in lines if (pair := line.split())]
         wrong = next((pair for pair in pairs if len(pair) != 2), None)
         if wrong is not None:
-            raise TokenizerError(f"{merges_file} has the line {' '.join(wrong)!r}; expected two pieces a line")
+            raise TokenizerError(
+                f"{merges_file} has the line {' '.join(wrong)!r:.80}; expected two pieces a line",
+                hint="copy both files from the same repository",
+            )
         self._merges = [(left, right) for left, right in pairs]
         try:
             self._tokenizer = self.backend({})
         except Exception as error:  # the Rust library raises the base class
             raise TokenizerError(
-                f"{vocab_file} and {merges_file} do not belong together: {error}",
+                f"{vocab_file} and {merges_file} do not belong together: {printable(str(error))}",
                 hint="copy both files from the same repository",
             ) from error
         letters = byte_letters()
         missing = [letter for letter in letters if letter not in self._ids]
         if missing:
             raise TokenizerError(
-                f"{vocab_file} lacks {len(missing)} of the 256 bytes; expected a byte-level vocabulary"
+                f"{vocab_file} lacks {len(missing)} of the 256 bytes; expected a byte-level vocabulary",
+                hint="copy both files from the same repository",
             )
         bytes_of = {letter: byte for byte, letter in enumerate(letters)}
         # Tokens such as <|endoftext|> have no byte letters for what they are, and stand for themselves.
@@ -157,7 +163,10 @@ class WordPieces:
         missing = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token not in self._ids]
         if missing or len(self._ids) != len(self.tokens):
             what = f"lacks {', '.join(missing)}" if missing else "has a token twice"
-            raise TokenizerError(f"{vocab_file} {what}; expected the vocabulary of BERT uncased")
+            raise TokenizerError(
+                f"{vocab_file} {what}; expected the vocabulary of BERT uncased",
+                hint="copy it from the checkpoint's repository",
+            )
         self.text = BertText(whole_words)
         self._tokenizer = self.backend({})
 
@@ -273,8 +282,16 @@ def read_file(path: Path) -> bytes:
         raise TokenizerError(f"no tokenizer: {path} is missing", hint="copy it from the checkpoint's repository")
     size_bytes = path.stat().st_size
     if size_bytes > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path} has {size_bytes} bytes; a vocabulary file has at most {MAX_FILE_BYTES}")
-    return path.read_bytes()
+        raise TokenizerError(
+            f"{path} has {size_bytes} bytes; a vocabulary file has at most {MAX_FILE_BYTES}",
+            hint=f"copy {path.name} from the checkpoint's original repository",
+        )
+    data = path.read_bytes()
+    # Before they are taken apart, which takes the memory. Every token has a line or a colon of its own.
+    many = max(data.count(b"\n"), data.count(b":"), data.count(b"["), data.count(b"{"))
+    if many > MAX_PIECES:
+        raise TokenizerError(f"{path} has {many} tokens or more, at most {MAX_PIECES} expected", hint="copy it again")
+    return data
 
 
 def _text(path: Path, data: bytes) -> str:
@@ -290,7 +307,10 @@ def _token_ids(path: Path, data: bytes) -> dict[str, int]:
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is no JSON: {error}", hint="copy it again") from error
     if not isinstance(ids, dict) or sorted(ids.values(), key=repr) != sorted(range(len(ids)), key=repr):
-        raise TokenizerError(f"{path} must be a JSON object of tokens to the ids 0, 1, 2, ... without gaps")
+        raise TokenizerError(
+            f"{path} must be a JSON object of tokens to the ids 0, 1, 2, ... without gaps",
+            hint=f"copy {path.name} from the checkpoint's original repository",
+        )
     return ids
 
 

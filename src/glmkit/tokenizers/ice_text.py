@@ -161,7 +161,10 @@ def image_tokens_of(folder: Path, told: int | None, ids: Mapping[str, int]) -> i
         TokenizerError: That, and the ids of control tokens in config.json, do not fit together.
     """
     if told is not None and (isinstance(told, bool) or told not in (0, IMAGE_TOKENS)):
-        raise TokenizerError(f"num_image_tokens={told!r}: expected 0, or {IMAGE_TOKENS} for the first release")
+        raise TokenizerError(
+            f"num_image_tokens={told!r:.40}: expected 0, or {IMAGE_TOKENS} for the first release",
+            hint="copy tokenizer_config.json from the checkpoint's original repository",
+        )
     config = read_config(folder / "config.json")
     pairs = (("bos", "<sop>"), ("eos", "<eop>"), ("mask", "[MASK]"), ("gmask", "[gMASK]"), ("pad", "<pad>"))
     numbers = {f"{name}_token_id": token for name, token in pairs}

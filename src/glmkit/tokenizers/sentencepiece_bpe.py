@@ -96,7 +96,10 @@ def build_tokenizer(pieces: SentencePieceFile, control: Sequence[str]) -> Tokeni
     vocabulary = {text: index for index, text in enumerate(pieces.texts)}
     for offset, name in enumerate(control):
         if name in vocabulary:
-            raise TokenizerError(f"the SentencePiece file has the piece {name!r}, which must be a control id")
+            raise TokenizerError(
+                f"the SentencePiece file has the piece {name!r}, which must be a control id",
+                hint="check that all files of the folder belong to one checkpoint",
+            )
         vocabulary[name] = len(pieces) + offset
     tokenizer = Tokenizer(
         models.BPE(

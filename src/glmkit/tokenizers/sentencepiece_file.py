@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from glmkit.errors import TokenizerError
+from glmkit.tokenizers.charsmap import problem_of_rules
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces in the file format
-MAX_FILE_BYTES = 64 * 2**20  # the largest released file has 2.7 MB
-MAX_PIECES = 1_000_000
+MAX_FILE_BYTES = 16 * 2**20  # the largest released file has 2.7 MB
+MAX_PIECES = 300_000  # the largest released file has 130,344
 MAX_PIECE_BYTES = 1_000  # the longest piece of a released file has 48
+_MAX_SURFACE_BYTES = 100  # what unknown text is written as; " ⁇ " in all released files
+_BYTE_PIECES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _COPY_AGAIN = "copy it again; a file of a few hundred bytes is often a Git LFS pointer (`git lfs pull`)"
 
 
@@ -111,7 +114,9 @@ class SentencePieceFile:
         try:
             return LibraryPieces(SentencePieceProcessor(model_proto=data))
         except (RuntimeError, OSError) as error:
-            raise TokenizerError(f"{self.path} is refused by the sentencepiece library: {error}") from error
+            raise TokenizerError(
+                f"{self.path} is refused by the sentencepiece library: {error}", hint="copy it again"
+            ) from error
 
 
 class LibraryPieces:
@@ -169,13 +174,16 @@ def read_model(path: Path) -> SentencePieceFile:
         )
     size_bytes = path.stat().st_size
     if size_bytes > MAX_FILE_BYTES:
-        raise TokenizerError(f"{path} has {size_bytes} bytes; a SentencePiece file has at most {MAX_FILE_BYTES}")
+        raise TokenizerError(
+            f"{path} has {size_bytes} bytes; a SentencePiece file has at most {MAX_FILE_BYTES}",
+            hint=f"copy {path.name} from the checkpoint's original repository",
+        )
     data = path.read_bytes()
+    if _has_too_many_pieces(data):  # before they are taken apart, which takes the memory
+        raise TokenizerError(f"{path} is damaged: more than {MAX_PIECES} pieces", hint="copy it again")
     model = _parse(path, data)
-    if len(model.pieces) > MAX_PIECES:  # before they are taken apart
-        raise TokenizerError(f"{path} is damaged: {len(model.pieces)} pieces, at most {MAX_PIECES} expected")
     texts, types, scores = zip(*((piece.piece, piece.type, piece.score) for piece in model.pieces))
-    problem = _beyond_limits(texts, scores)
+    problem = _beyond_limits(texts, scores) or _unlike_a_model(texts, types, model)
     if problem:
         raise TokenizerError(f"{path} is damaged: {problem}", hint="copy it again")
     trainer, spec = model.trainer_spec, model.normalizer_spec
@@ -210,6 +218,42 @@ def _parse(path: Path, data: bytes) -> Any:
             hint="copy it again",
         )
     return model
+
+
+def _has_too_many_pieces(data: bytes) -> bool:
+    """Counts the fields of a ModelProto without building any; a file that is cut short is found by the parser."""
+    if data.count(b"\n") <= MAX_PIECES:  # the byte that begins a piece, which stands elsewhere too
+        return False
+    pieces = position = 0
+    while position < len(data) and pieces <= MAX_PIECES:
+        tag, position = data[position], position + 1
+        if tag & 7 != 2 or tag >= 0x80:  # its fields are messages with low numbers; the parser refuses others
+            return False
+        length = shift = 0
+        while position < len(data):
+            byte, position = data[position], position + 1
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80 or shift > 63:
+                break
+        position += length
+        pieces += tag == 0x0A
+    return pieces > MAX_PIECES
+
+
+def _unlike_a_model(texts: Sequence[str], types: Sequence[int], model: Any) -> str | None:
+    """What the library would stumble over while it works, where it has no error to give; newer versions do."""
+    if any("\0" in text for text in texts):
+        return "a piece has a zero byte"
+    if types.count(UNKNOWN) != 1:
+        return f"{types.count(UNKNOWN)} pieces stand for unknown text, expected 1"
+    wrong = [text for text, kind in zip(texts, types) if kind == BYTE and text not in _BYTE_PIECES]
+    if wrong:
+        return f"the byte {wrong[0][:40]!r} is none from <0x00> to <0xFF>"
+    if len(model.trainer_spec.unk_surface.encode("utf-8", "surrogatepass")) > _MAX_SURFACE_BYTES:
+        return f"unknown text is written with more than {_MAX_SURFACE_BYTES} bytes"
+    rules = (model.normalizer_spec.precompiled_charsmap, model.denormalizer_spec.precompiled_charsmap)
+    return next((problem for one in rules if (problem := problem_of_rules(one))), None)
 
 
 def _beyond_limits(texts: Sequence[str], scores: Sequence[float]) -> str | None:
