@@ -3,6 +3,7 @@
     python bench/serving.py --out FOLDER [--work FOLDER] [--models nano,wide] [--streams 1,4,16,64] [--repeats 3]
         [--quick]
     python bench/serving.py --out FOLDER --soak 10000
+    python bench/serving.py --out FOLDER --soak-seconds 3600 [--in-flight 64] [--faulty 0.3] [--kill-seconds 60]
 
     engine        BatchEngine, all requests at once
     api           the same behind HTTP: /v1/chat/completions as a stream; client and server share the processors
@@ -15,7 +16,8 @@ lengths. nano is glm-nano (float32, advertising copy, which ends by itself); wid
 ChatGLM3-6B's with random weights (bfloat16) and glm-nano's vocabulary, every answer of --tokens tokens.
 
 Further parts: "prefix", 16 requests with one long system prompt, reused or not; "long prompt", which arrives while four
-streams run, and the longest pause they see. OUT/serving.jsonl has all records, OUT/serving.md the tables.
+streams run, and the longest pause they see. The soaks look for what is lost, hangs or grows (serving_soak.py,
+serving_faults.py). OUT/serving.jsonl has all records, OUT/serving.md the tables.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +40,7 @@ from glmkit.chat.following import serve
 from glmkit.engine.decode import WAITING
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.engine.scheduler import BatchEngine
+from serving_faults import soak_with_faults
 from serving_server import Server
 from serving_soak import soak, soak_over_http
 from serving_variants import (
@@ -209,24 +212,57 @@ def soaked(arguments: argparse.Namespace, journal: Journal) -> str:
     return f"{markdown(lines)}\n"
 
 
+def soaked_with_faults(arguments: argparse.Namespace, journal: Journal) -> tuple[str, list[str]]:
+    """Clients of which some do it wrong, for a given time: the curve of what the server holds, and what went wrong."""
+    folder: Path = arguments.out / "faults"
+    found = soak_with_faults(
+        folder,
+        arguments.soak_seconds,
+        in_flight=arguments.in_flight,
+        faulty=arguments.faulty,
+        kill_seconds=arguments.kill_seconds,
+    )
+    journal.add({"what": "soak with faults", "in_flight": arguments.in_flight, "faulty": arguments.faulty,
+                 **asdict(found)})  # fmt: skip
+    points = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    shown = points[:: max(1, len(points) // 12)]
+    curve = [["minutes", "requests", "resident MB", "descriptors", "threads"]]
+    for point in shown:
+        curve.append([f"{point['seconds'] / 60:.1f}", str(point["requests"]), f"{point['resident_bytes'] / 1e6:.1f}",
+                      str(point["descriptors"]), str(point["threads"])])  # fmt: skip
+    ends = [["how requests ended", ""], *([name, str(count)] for name, count in sorted(found.ends.items()))]
+    head = (
+        f"{found.requests} requests in {number(found.seconds)} s, {arguments.in_flight} in flight, "
+        f"{100 * arguments.faulty:g} % faulty, {found.kills} kills; {found.slope_megabytes:.3f} MB per 1,000 requests; "
+        f"of the quiet server {found.descriptors:+d} descriptors, {found.threads:+d} threads; "
+        f"{len(found.problems)} problems"
+    )
+    return "\n".join([head, "", markdown(curve), "", markdown(ends), ""]), found.problems
+
+
 def main() -> None:
     arguments = _parser().parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     arguments.work = arguments.work or arguments.out
     journal = Journal(arguments.out / "serving.jsonl")
     journal.add({"what": "machine", "command": " ".join(sys.argv), **machine.description()})
-    parts = []
+    parts, problems = list[str](), list[str]()
     if arguments.soak:
         parts.append(soaked(arguments, journal))
+    elif arguments.soak_seconds:
+        text, problems = soaked_with_faults(arguments, journal)
+        parts.append(text)
     else:
         for name in arguments.models.split(","):
             load = MODELS[name](arguments)
             for measure in (many_streams, shared_prefix, long_prompt):
                 parts.append(measure(name, load, arguments, journal))
                 print(parts[-1])
-    path = arguments.out / ("soak.md" if arguments.soak else "serving.md")
+    path = arguments.out / ("soak.md" if arguments.soak or arguments.soak_seconds else "serving.md")
     path.write_text("\n".join(parts), encoding="utf-8")
     print(path.read_text(encoding="utf-8"))
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -239,6 +275,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=16, help="of each answer of wide")
     parser.add_argument("--repeats", type=int, default=3, help="clean repetitions of each variant")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="only the soak, of N requests")
+    parser.add_argument("--soak-seconds", type=float, default=0.0, metavar="S", help="only the soak with faults")
+    parser.add_argument("--in-flight", type=int, default=64, help="clients of the soak with faults")
+    parser.add_argument("--faulty", type=float, default=0.3, help="share of their requests that are faulty")
+    parser.add_argument("--kill-seconds", type=float, help="kill and start their server so often")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     return parser
 

@@ -22,6 +22,27 @@ from glmkit.serve.settings import Settings
 
 LOCAL = "http://localhost"
 CANARY = "canary-7f3a-lives-in-no-log"
+KEY = "key-0123456789abcdef"
+OTHER_KEY = "key-fedcba9876543210"
+BEARER = {"Authorization": f"Bearer {KEY}"}
+
+WRONG_KEYS: dict[str, list[tuple[str, bytes]]] = {
+    "none": [],
+    "wrong": [("Authorization", b"Bearer wrong-wrong-wrong")],
+    "prefix": [("Authorization", f"Bearer {KEY[:-1]}".encode())],
+    "and a space": [("Authorization", f"Bearer {KEY} ".encode())],
+    "two spaces": [("Authorization", f"Bearer  {KEY}".encode())],
+    "longer": [("Authorization", f"Bearer {KEY}x".encode())],
+    "other scheme": [("Authorization", f"Basic {KEY}".encode())],
+    "lower-case scheme": [("Authorization", f"bearer {KEY}".encode())],
+    "no scheme": [("Authorization", KEY.encode())],
+    "twice": [("Authorization", f"Bearer {KEY}".encode()), ("Authorization", f"Bearer {KEY}".encode())],
+    "another header": [("X-Api-Key", KEY.encode())],
+    "1 MB": [("Authorization", b"Bearer " + b"k" * 2**20)],
+    "not ASCII": [("Authorization", "Bearer ключ-鍵-🔑".encode())],
+    "empty": [("Authorization", b"Bearer ")],
+}
+"""Headers that are not the key's."""
 
 
 @functools.cache

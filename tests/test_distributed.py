@@ -262,6 +262,17 @@ def test_a_process_that_dies_ends_all_and_three_become_one(folder: Path) -> None
     equal_curves(back, whole, range(4, len(whole["curve"]) + 1))
 
 
+@pytest.mark.slow
+def test_a_process_that_stands_still_for_a_minute_changes_nothing(folder: Path, alone: Found) -> None:
+    """T-11: the other one waits for it, and the run goes on when it does."""
+    job = {"output": str(folder / "stops"), "distributed": {"strategy": "ddp"}, "stop": (3, 60)}
+    began = time.monotonic()
+    found = run_all(folder, [job])
+    assert time.monotonic() - began > 60
+    equal_curves(found["stops"], alone["one-full"], range(1, len(alone["one-full"]["curve"]) + 1))
+    close(folder / "one-full" / "model", folder / "stops" / "model")
+
+
 def _children_of(text: str) -> list[str]:
     """Processes that still have a text in their command line."""
     found = []

@@ -74,7 +74,7 @@ def try_operation(app: Any, document: Any, method: str, path: str, mode: Generat
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @seed(examples)
     def check(case: Any) -> None:
-        answer = case.call()
+        answer = case.call(timeout=120)  # the machine may be busy
         case.validate_response(answer, checks=CHECKS)
         code = str(answer.json()["error"]["code"]) if answer.status_code >= 400 and method != "HEAD" else ""
         if (answer.status_code, code) not in seen:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     Args:
         job: output; method, train, distributed: blocks of the recipe; model: changed sizes; dtype: of the weights;
             resume; and what is special: "from", a run's folder to go on with a copy of; "cut", a step after which the
-            run ends as in a crash; "die", a step after which process 1 is killed; "disk_fails_on", the process that
+            run ends as in a crash; "die", a step after which process 1 is killed; "stop", the same and for how many
+            seconds it stands still; "disk_fails_on", the process that
             cannot write; "no_number", the step of which the loss is no number in the last process; "native", a folder
             for DeepSpeed's own files.
 
@@ -107,6 +109,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             raise Cut
         if step == job.get("die") and os.environ.get("RANK") == "1":
             os.kill(os.getpid(), signal.SIGKILL)
+        if "stop" in job and step == job["stop"][0] and os.environ.get("RANK") == "1":
+            subprocess.Popen(["sh", "-c", f"sleep {job['stop'][1]}; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     says, error = "", None
     try:

@@ -43,6 +43,7 @@ class Choices:
         self._begin, self._count, self._record = begin, count, record
         self._stack = AsyncExitStack()
         self.followings: list[Following] = []
+        self._noted: set[int] = set()
 
     async def __aenter__(self) -> Choices:
         try:
@@ -55,6 +56,9 @@ class Choices:
 
     async def __aexit__(self, *_: Any) -> None:
         await self._stack.aclose()
+        for number in range(len(self.followings)):
+            if number not in self._noted:  # its client left, or its time was over; it was computed all the same
+                self._note_usage(number)
 
     async def pieces(self) -> AsyncIterator[tuple[int, str | None]]:
         """The answers' pieces as they come: (number, text), and (number, None) at the end of each."""
@@ -99,14 +103,18 @@ class Choices:
             async for text in self.followings[number]:
                 self._record.note_piece()
                 await queue.put((number, text))
-            reply = self.followings[number].reply
+            self._note_usage(number)
         except Exception as error:
             await queue.put((number, error))
             return
         if not self._record.pieces:
             self._record.note_piece()
-        self._record.note_usage(reply.usage.prompt_tokens, reply.usage.completion_tokens)
         await queue.put((number, None))
+
+    def _note_usage(self, number: int) -> None:
+        usage = self.followings[number].reply.usage
+        self._noted.add(number)
+        self._record.note_usage(usage.prompt_tokens, usage.completion_tokens)
 
     async def _note_beginning(self) -> None:
         """Notes that an answer is begun that shows nothing yet: a call of a tool is shown when it is whole."""

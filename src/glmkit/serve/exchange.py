@@ -9,6 +9,7 @@ from typing import Any
 
 from glmkit.serve.failures import APIError, failure_response
 from glmkit.serve.traffic import Record
+from glmkit.translation import Language, accepted_language
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -50,6 +51,11 @@ class Exchange:
         """What Content-Length says."""
         declared = self.headers.get("content-length", ["0"])[0]
         return int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 20 else 0
+
+    @property
+    def language(self) -> Language:
+        """In which language errors are told: what Accept-Language likes best."""
+        return accepted_language(",".join(self.headers.get("accept-language", [])))
 
     async def send(self, message: Message) -> None:
         """Sends a message of the route, with the headers that every answer has.
@@ -105,7 +111,8 @@ class Exchange:
         if not self._started:
             await self._answer(error)
         elif self._streams and not self._ended:
-            await self.send({"type": "http.response.body", "body": b"data: " + error.encoded() + b"\n\n"})
+            event = b"data: " + error.told_in(self.language).encoded() + b"\n\n"
+            await self.send({"type": "http.response.body", "body": event})
         # An answer that is cut elsewhere is left unfinished: the connection closes, and its reader notices.
 
     async def refuse(self, error: APIError) -> None:
@@ -129,7 +136,7 @@ class Exchange:
             pass
 
     async def _answer(self, error: APIError, last: bool = True) -> None:
-        response = failure_response(error)
+        response = failure_response(error, language=self.language)
         headers = list(response.raw_headers)
         if not last:
             headers.append((b"connection", b"close"))

@@ -17,12 +17,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from glmkit.errors import QueueFullError
+from glmkit.serve.budgets import Budgets
 from glmkit.serve.exchange import Exchange, Message, Receive, Send
 from glmkit.serve.failures import APIError, describe_failure, failure_response, retry_after, server_closing
 from glmkit.serve.logs import Journal, describe_error
 from glmkit.serve.origins import host_is_allowed, origin_is_allowed
 from glmkit.serve.settings import Settings, is_loopback, matching_key
 from glmkit.serve.traffic import Buffer, Record, Traffic, too_large
+from glmkit.translation import accepted_language
 
 if TYPE_CHECKING:  # the engine brings torch, and the port has to answer before that is imported
     from glmkit.engine.scheduler import BatchEngine
@@ -48,7 +50,8 @@ def add_protection(
     journal = journal or Journal()
     meters = getattr(app.state, "meters", None)
     observers = (journal,) if meters is None else (journal, meters)
-    traffic = Traffic(observers, max_buffered_bytes=16 * settings.max_body_bytes)
+    budgets = Budgets(settings.requests_per_minute, settings.tokens_per_minute)
+    traffic = Traffic(observers, 16 * settings.max_body_bytes, budgets)
     app.state.traffic, app.state.settings = traffic, settings
     app.add_exception_handler(HTTPException, _answer_failure)
     app.add_exception_handler(RequestValidationError, _answer_failure)
@@ -56,7 +59,8 @@ def add_protection(
 
 
 async def _answer_failure(request: Request, error: Exception) -> Any:
-    return failure_response(error, request.state.record.id)
+    language = accepted_language(request.headers.get("accept-language", ""))
+    return failure_response(error, request.state.record.id, language)
 
 
 def admit(request: Request, engine: BatchEngine, places: int = 1) -> Record:
@@ -73,7 +77,7 @@ def admit(request: Request, engine: BatchEngine, places: int = 1) -> Record:
         The request's record: its id, the owner of its cache, and what to tell it.
 
     Raises:
-        APIError: 429: its key has its share already.
+        APIError: 429: its key has its share already, or has used its budget of the minute.
         QueueFullError: The engine is full.
     """
     record: Record = request.state.record
@@ -81,7 +85,9 @@ def admit(request: Request, engine: BatchEngine, places: int = 1) -> Record:
     engine.check_room(places)
     state = engine.state()
     waiting = state.max_waiting // 2 if len(settings.api_keys) > 1 else state.max_waiting
-    request.app.state.traffic.take_share(record, places, state.max_running + waiting)
+    traffic: Traffic = request.app.state.traffic
+    traffic.take_share(record, places, state.max_running + waiting)
+    traffic.budgets.take_request(record.owner)
     return record
 
 

@@ -70,6 +70,8 @@ class Settings:
         request_seconds: How long a request may take altogether.
         drain_seconds: How long running requests may go on after SIGTERM.
         stall_seconds: How long an engine with work may make no progress before `/ready` says so.
+        requests_per_minute: Requests for answers that one key may send; None: any number.
+        tokens_per_minute: Tokens of prompts and answers that one key may use; None: any number.
         log_prompts: Write request bodies to the log.
         store: Folder of stored completions; None: nothing is stored.
 
@@ -93,6 +95,8 @@ class Settings:
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
     stall_seconds: float = 10.0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
     log_prompts: bool = False
     store: Path | None = None
 
@@ -109,8 +113,9 @@ class Settings:
             if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?", name):
                 raise UsageError(f"--allowed-host {name!r} is not a host name", hint="such as api.example.org")
         for field in _POSITIVE:
-            if getattr(self, field) <= 0:
-                raise UsageError(f"{field} has to be above 0, not {getattr(self, field)}")
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise UsageError(f"{field} has to be above 0, not {value}")
         if self.drain_seconds < 0:
             raise UsageError(f"drain_seconds has to be 0 or more, not {self.drain_seconds}")
 
@@ -126,6 +131,8 @@ _POSITIVE = (
     "waiting_seconds",
     "request_seconds",
     "stall_seconds",
+    "requests_per_minute",
+    "tokens_per_minute",
 )
 
 

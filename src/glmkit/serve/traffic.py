@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from glmkit.serve.budgets import Budgets
 from glmkit.serve.failures import APIError, retry_after
 
 
@@ -96,10 +97,17 @@ class Traffic:
     Args:
         observers: Who is told about pieces and ends.
         max_buffered_bytes: Request bodies that may be in memory at once, all together.
+        budgets: What each key may use in a minute; None: anything.
     """
 
-    def __init__(self, observers: tuple[Observer, ...] = (), max_buffered_bytes: int = 128 * 2**20) -> None:
+    def __init__(
+        self,
+        observers: tuple[Observer, ...] = (),
+        max_buffered_bytes: int = 128 * 2**20,
+        budgets: Budgets | None = None,
+    ) -> None:
         self.observers = observers
+        self.budgets = budgets or Budgets()
         self.draining = False
         self._max_buffered_bytes = max_buffered_bytes
         self._buffered_bytes = 0
@@ -126,6 +134,7 @@ class Traffic:
             yield record
         finally:
             self._records.discard(record)
+            self.budgets.take_tokens(record.owner, record.prompt_tokens + record.generated_tokens)
             if record.end_early is not None:
                 record.end_early.cancel()
             for observer in self.observers:
