@@ -20,7 +20,7 @@ from glmkit.models.prefix_lm import two_row_positions
 from glmkit.registration import LANGUAGE_MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs" / "models").glob("*.md"))
+PAGES = sorted(path for path in (ROOT / "docs" / "models").glob("*.md") if not path.name.endswith(".zh.md"))
 PACKAGE = ROOT / "src" / "glmkit"
 NUMBER = r"(\d[\d,]*(?:\.\d+)?)"
 
