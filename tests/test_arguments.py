@@ -115,6 +115,31 @@ def test_every_mistake_of_a_file_is_named_with_its_line(recipe_file: Path) -> No
         load_recipe(recipe_file)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("# 学习率\nmodel: {}".encode("gb18030"), "is not UTF-8 text"),
+        (b"x: " + b"[" * 2_000 + b"]" * 2_000, "not valid YAML: maximum recursion"),
+        (b"model: {path: &a [*a]}", "model.path: Input should be a valid string"),
+        (b"a: &a {b: *a}", "not valid YAML: maximum recursion"),
+        (b"a: " + b"9" * 5_000, "not valid YAML: Exceeds the limit"),
+        (b"a: 2020-99-99", "not valid YAML: month must be in 1..12"),
+        (b"a: &a [x]\nb: [" + b"*a," * 30 + b"]", "more than 20 references"),
+        (b"model: " + b"x" * 300_000, "more than 262,144 bytes"),
+    ],
+)
+def test_what_is_no_recipe_is_said_in_a_line(recipe_file: Path, content: bytes, message: str) -> None:
+    recipe_file.write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(recipe_file)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 2_000
+
+
+def test_a_folder_that_looks_like_a_date_is_a_folder(recipe_file: Path) -> None:
+    assert load_recipe(recipe_file, ["output.dir=2020-99-99"]).output.dir == "2020-99-99"
+
+
 def test_without_a_file_the_changes_say_everything() -> None:
     assert load_recipe(None, NEEDED).data.train_file == "d"
     with pytest.raises(UsageError) as caught:

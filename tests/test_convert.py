@@ -468,13 +468,13 @@ def test_blocks_that_fit(source: Path, tmp_path: Path, monkeypatch: pytest.Monke
     outside = sum(2 * tensor.nbytes for name, tensor in stored.items() if ".layers." not in name)
     block = sum(2 * tensor.nbytes for name, tensor in stored.items() if ".layers.0." in name)
     monkeypatch.setattr("glmkit.export.proof._SHARE_OF_MEMORY", 1)
-    monkeypatch.setattr("glmkit.export.proof.memory_bytes", lambda _: outside + block)
+    monkeypatch.setattr("glmkit.export.proof.free_memory_bytes", lambda: outside + block)
     for to in ("official", "native"):
         made = done(source, tmp_path / to, to)
         assert made.difference is not None
         assert made.difference < 1e-4
         assert "the first 1 of 2 blocks" in made.notes[-1]
-    monkeypatch.setattr("glmkit.export.proof.memory_bytes", lambda _: outside)
+    monkeypatch.setattr("glmkit.export.proof.free_memory_bytes", lambda: outside)
     with pytest.raises(UsageError, match="not even memory for one block"):
         convert(source, tmp_path / "none", "official")
 

@@ -23,10 +23,10 @@ from glmkit.engine.layout import layout_for
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import OutputError, UsageError
 from glmkit.export.constants import Packed, open_weights
-from glmkit.export.fresh import in_new_process
 from glmkit.export.onnx import MODEL, export, write_graph
 from glmkit.export.onnx_graph import draw
 from glmkit.export.runtime_data import random_conversation
+from glmkit.fresh import in_new_process
 from glmkit.loading import load
 from glmkit.quant.linear import dequantize
 from glmkit.runtime import load as load_exported

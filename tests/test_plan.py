@@ -130,6 +130,11 @@ def test_processes_hold_their_parts(tmp_path: Path) -> None:
         assert zero.parts["weights"] == pytest.approx(learn * weights, rel=1e-3)
         assert zero.parts["gradients"] == pytest.approx(learn * gradients, rel=1e-3)
         assert zero.parts["optimizer"] == pytest.approx(learn * 2, rel=1e-3)
+    packaged = recipe(distributed={"deepspeed": "deepspeed_zero2.json"}, train={"bf16": True})
+    assert plan_training(packaged, subject=subject(), world=4).parts["gradients"] == pytest.approx(learn / 2, rel=1e-3)
+    both = recipe(distributed={"deepspeed": "deepspeed_zero2.json", "strategy": "fsdp"})
+    with pytest.raises(UsageError, match="contradict each other"):
+        plan_training(both, subject=subject(), world=4)
 
 
 def test_the_largest_batch_follows_limits_and_data() -> None:

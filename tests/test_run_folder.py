@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +166,13 @@ def test_every_methods_result_is_what_was_trained(
         monkeypatch.undo()
         played: list[float] = []
 
-        def run(command: Any, *, input: str, **_: Any) -> Any:
-            order = json.loads(input)
-            expected = reopened.load_file(order.pop("probe"))["logits"]
-            found = reopened.probe_logits(glmkit.load(order.pop("path"), **order).model)
-            played.append(float((found - expected).norm() / (expected - expected.mean()).norm()))
-            return subprocess.CompletedProcess(command, 0, f"{played[-1]}\n", "")
+        def here(function: str, arguments: dict[str, Any], **_: Any) -> float:
+            assert function == "glmkit.train.reopened:difference"
+            played.append(reopened.difference(**json.loads(json.dumps(arguments))))
+            return played[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(reopened.subprocess, "run", run)
+            patch.setattr(reopened, "in_new_process", here)
             said = reopened.compare_result(model, block, result)
         assert played[0] < 1e-5
         compared.append(result)
@@ -196,6 +193,10 @@ def test_t43_the_result_is_opened_again_before_the_run_is_done(tmp_path: Path, b
     block = ModelBlock(path=str(base))
     with pytest.raises(OutputError, match="is not what was trained: its logits differ by"):
         reopened.compare_result(glmkit.load(base).model, block, result.result_dir)
+    (result.result_dir / "adapter_config.json").write_text("{")
+    with pytest.raises(OutputError, match="could not be opened again") as found:
+        reopened.compare_result(glmkit.load(base).model, block, result.result_dir)
+    assert found.value.hint == "the checkpoints are whole; --resume writes the result again"
 
 
 def test_a_run_is_watched_from_its_first_step(

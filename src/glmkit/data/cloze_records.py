@@ -94,9 +94,12 @@ def read_cloze(path: str | Path, task: str, *, limit: int | None = None) -> list
             problems.append(f"  - {where}: {error.message}")
     if problems:
         shown = "\n".join(problems[:_SHOWN_PROBLEMS])
-        raise DataError(f"{len(problems)} rows of {path} cannot be used for the task {task}:\n{shown}")
+        raise DataError(
+            f"{len(problems)} rows of {path} cannot be used for the task {task}:\n{shown}",
+            hint="give the published file of the task, or correct these rows",
+        )
     if not examples:
-        raise DataError(f"{path} has no examples")
+        raise DataError(f"{path} has no examples", hint="give the published file of the task")
     return examples
 
 

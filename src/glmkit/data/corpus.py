@@ -108,7 +108,10 @@ class Corpus:
         self._ends = list(itertools.accumulate(self._sizes))
         self.bad = BadLines()
         if not self._ends or not self._ends[-1]:
-            raise DataError(f"there is no text in {', '.join(map(str, files)) or 'an empty list of files'}")
+            raise DataError(
+                f"there is no text in {', '.join(map(str, files)) or 'an empty list of files'}",
+                hint="give files that hold text: corpus.files=FILE",
+            )
 
     @property
     def size_bytes(self) -> int:
@@ -176,7 +179,10 @@ class Corpus:
             if document is not None:
                 return document
         known = "; ".join(self.bad.named.values()) or "they are all empty"
-        raise DataError(f"{_DRAWS} documents drawn one after the other cannot be used: {known}")
+        raise DataError(
+            f"{_DRAWS} documents drawn one after the other cannot be used: {known}",
+            hint="docs/pretraining.md shows the forms of a corpus; corpus.form= names one",
+        )
 
     def _read(self, raw: bytes | None, form: str, line: Callable[[], str], where: str = "") -> Document | None:
         try:
@@ -300,7 +306,9 @@ def _expand(pattern: str) -> list[Path]:
         return [Path(pattern)]
     found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
     if not found:
-        raise DataError(f"there is no corpus file {pattern}")
+        raise DataError(
+            f"there is no corpus file {pattern}", hint="check the path; it is relative to the current folder"
+        )
     return found
 
 

@@ -101,7 +101,7 @@ def read_records(
             "named by data.format= in a recipe, other fields by data.prompt_column= and data.response_column=",
         )
     if not records:
-        raise DataError(f"{path} has no records")
+        raise DataError(f"{path} has no records", hint="docs/data.md shows the forms")
     return records
 
 
@@ -127,7 +127,10 @@ def convert(format: str, source: str | Path, target: str | Path, *, overwrite: b
         raise OutputError(f"{target} exists", hint="choose another name, or --overwrite")
     records, problems = _read(source, format, Columns(), None)
     if not records:
-        raise DataError(f"no row of {source} can be used:\n{_shown(problems)}" if problems else f"{source} is empty")
+        raise DataError(
+            f"no row of {source} can be used:\n{_shown(problems)}" if problems else f"{source} is empty",
+            hint="docs/data.md shows the forms",
+        )
     if any(record.text for record in records):
         raise DataError(f"{source} holds plain text, which is no conversation", hint="train on it with format text")
     rows = [json.dumps(_conversation_row(record), ensure_ascii=False) for record in records]
@@ -144,7 +147,7 @@ def _read(path: Path, name: str, columns: Columns, limit: int | None) -> tuple[l
         if not isinstance(row[1], Unreadable):
             break
     if not begin:
-        raise DataError(f"{path} has no records")
+        raise DataError(f"{path} has no records", hint="docs/data.md shows the forms")
     form = _format(name, *begin[-1], columns)
     records: list[Record] = []
     problems: list[str] = []

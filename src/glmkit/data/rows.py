@@ -168,7 +168,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     number += 1
                     yield f"{path}, row {number}", _without_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is no whole Parquet file: {error}") from None
+        raise DataError(f"{path} is no whole Parquet file: {error}", hint="copy it again") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -20,8 +20,8 @@ from glmkit.engine.layout import layout_for
 from glmkit.engine.probe import probe_ids
 from glmkit.errors import OutputError
 from glmkit.export.constants import Weights
-from glmkit.export.fresh import in_new_process
 from glmkit.export.graph import inputs_at, skeleton
+from glmkit.fresh import in_new_process
 from glmkit.loading import load
 
 _WHOLE_BYTES = 4 * 10**9  # of a source that is loaded whole; a larger one computes block after block

@@ -32,11 +32,11 @@ from glmkit.engine.probe import probe_logits
 from glmkit.errors import ConfigError, MissingDependencyError, OutputError, UsageError
 from glmkit.export.constants import Weights, open_weights
 from glmkit.export.folders import LICENCES
-from glmkit.export.fresh import in_new_process
 from glmkit.export.gguf_tensors import QUANTISED, WEIGHTS, Planned, encode, gguf_name, plan
 from glmkit.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from glmkit.export.graph import Exported
 from glmkit.families import Family, find_family
+from glmkit.fresh import in_new_process
 from glmkit.loading import choose_family, load
 from glmkit.models.chatglm2 import ChatGLM2ForCausalLM
 from glmkit.models.chatglm2_config import ChatGLM2Config
@@ -133,7 +133,10 @@ def _writing(target: Path, name: str, overwrite: bool) -> Iterator[Path]:
             sync_folder(new)
             os.replace(new / target.name, target)
         except OSError as error:
-            raise OutputError(f"cannot write {shown_path(target)}: {error.strerror}") from error
+            raise OutputError(
+                f"cannot write {shown_path(target)}: {error.strerror}",
+                hint="free space there, or choose a place that can be written to",
+            ) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -156,11 +159,15 @@ def _checked(opened: Weights) -> ChatGLM2Config:
             hint="export the base; or --to openvino or --to onnx, which carry the prefix",
         )
     if config.add_bias_linear:
-        raise ConfigError(f"{path} has add_bias_linear=true, and llama.cpp's network of ChatGLM no such biases")
+        raise ConfigError(
+            f"{path} has add_bias_linear=true, and llama.cpp's network of ChatGLM no such biases",
+            hint="--to openvino or --to onnx takes every family",
+        )
     if config.num_attention_heads * config.kv_channels != config.hidden_size:
         raise ConfigError(
             f"{path} has {config.num_attention_heads} heads of {config.kv_channels} and"
-            f" hidden_size={config.hidden_size}: in llama.cpp's network of ChatGLM the heads make up the hidden size"
+            f" hidden_size={config.hidden_size}: in llama.cpp's network of ChatGLM the heads make up the hidden size",
+            hint="--to openvino or --to onnx takes every family",
         )
     return config
 
@@ -223,7 +230,10 @@ def _write(
             assert own == planned_as  # both in the order of the checkpoint
             writer.write_tensor_data(encode(tensor, one))
     except OSError as error:
-        raise OutputError(f"cannot write {shown_path(file)}: {error.strerror}") from error
+        raise OutputError(
+            f"cannot write {shown_path(file)}: {error.strerror}",
+            hint="free space there, or choose a place that can be written to",
+        ) from error
     finally:
         writer.close()
 

@@ -109,13 +109,19 @@ def read_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         )
     known = len(found.tokens)
     if known > rows:
-        raise TokenizerError(f"the tokenizer has {known} ids, and the model's embedding {rows} rows")
+        raise TokenizerError(
+            f"the tokenizer has {known} ids, and the model's embedding {rows} rows",
+            hint="copy the tokenizer's files from the checkpoint's original repository",
+        )
     found.tokens.extend(f"[PAD{index}]" for index in range(known, rows))
     found.types.extend([UNUSED] * (rows - known))
     if found.scores:
         found.scores.extend([0.0] * (rows - known))
     if len(set(found.tokens)) != rows:
-        raise TokenizerError("two ids have the same name, which llama.cpp cannot tell apart")
+        raise TokenizerError(
+            "two ids have the same name, which llama.cpp cannot tell apart",
+            hint="--to openvino or --to onnx takes every family",
+        )
     return found
 
 

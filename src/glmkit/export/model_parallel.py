@@ -243,7 +243,11 @@ def _quantised(folder: Folder) -> UsageError:
 def _partition(folder: Folder) -> Partition:
     config = folder.config
     if "num_attention_heads" not in config or "model_type" not in config:
-        raise CheckpointError(shown_path(folder.path), ["config.json lacks model_type or num_attention_heads"])
+        raise CheckpointError(
+            shown_path(folder.path),
+            ["config.json lacks model_type or num_attention_heads"],
+            hint="compare config.json with the one of the official repository",
+        )
     groups = config.get("multi_query_group_num")
     kind = "chatglm2" if config["model_type"] == "chatglm" and groups else config["model_type"]
     return Partition(kind, config["num_attention_heads"], groups)

@@ -207,7 +207,10 @@ def to_file(
         except BaseException as error:
             beside.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise OutputError(f"cannot write {shown_path(path)}: {error.strerror}") from error
+                raise OutputError(
+                    f"cannot write {shown_path(path)}: {error.strerror}",
+                    hint="free space there, or choose a place that can be written to",
+                ) from error
             raise
         notes = [
             "a bare file has neither config nor tokenizer; the way back is"

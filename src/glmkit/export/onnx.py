@@ -54,7 +54,10 @@ def export(
     """
     with open_weights(source, adapter=adapter, family=family) as opened, write_folder(target, overwrite) as new:
         if opened.tokenizer is None:
-            raise UsageError(f"{source} has no tokenizer, and what is exported answers texts")
+            raise UsageError(
+                f"{source} has no tokenizer, and what is exported answers texts",
+                hint="copy the tokenizer's files from the checkpoint's original repository",
+            )
         forms = opened.forms(weights)  # refused before the graph is made
         write_graph(draw(trace(opened.config, last_only=True)), opened, new / MODEL, weights)
         generation = opened.folder.read_object("generation_config.json")

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from glmkit import hf
 from glmkit.checkpoint import Folder
-from glmkit.doctor import memory_bytes
 from glmkit.engine.probe import probe_ids, probe_logits
 from glmkit.errors import OutputError, UsageError
-from glmkit.export.fresh import in_new_process
 from glmkit.export.sources import open_source, read_source
+from glmkit.fresh import in_new_process
 from glmkit.loading import load
+from glmkit.machine import free_memory_bytes
 from glmkit.models.architectures import is_native_layout
 from glmkit.models.checked_config import CheckedConfig
 from glmkit.models.glm130b_config import GLM130BConfig
@@ -209,7 +209,8 @@ def _blocks_that_fit(folder: Folder, bytes_each: int) -> tuple[int, int]:
     for name, info in folder.tensors.items():
         stored = info.nbytes if info.dtype == torch.int8 else info.nbytes // info.dtype.itemsize * bytes_each
         sizes[_block(name)] = sizes.get(_block(name), 0) + stored
-    left = int(_SHARE_OF_MEMORY * (memory_bytes("MemAvailable") or 1 << 62)) - sizes.pop(-1, 0)
+    free = free_memory_bytes()
+    left = int(_SHARE_OF_MEMORY * (1 << 62 if free is None else free)) - sizes.pop(-1, 0)
     count = 0
     for block in sorted(sizes):
         left -= sizes[block]

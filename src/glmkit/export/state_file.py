@@ -151,7 +151,9 @@ class _NumpyTable:
                 self._describe(entry)
         except Exception as error:  # of many kinds: zipfile's, numpy's, and those of what numpy parses
             found = printable(str(error) or type(error).__name__)
-            raise CheckpointError(shown_path(path), [f"is no table of numpy's: {found}"]) from error
+            raise CheckpointError(
+                shown_path(path), [f"is no table of numpy's: {found}"], hint="copy it again"
+            ) from error
 
     def close(self) -> None:
         self._file.close()
@@ -220,7 +222,10 @@ def write_state(path: Path, tensors: Mapping[str, ShapedTensor], fetch: Callable
         with open(path, "wb") as file:
             writers[path.suffix](file, tensors, fetch)
     except OSError as error:
-        raise OutputError(f"cannot write {shown_path(path)}: {error.strerror}") from error
+        raise OutputError(
+            f"cannot write {shown_path(path)}: {error.strerror}",
+            hint="free space there, or choose a place that can be written to",
+        ) from error
 
 
 def _write_numpy(file: BinaryIO, tensors: Mapping[str, ShapedTensor], fetch: Callable[[str], Tensor]) -> None:

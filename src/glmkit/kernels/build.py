@@ -159,7 +159,7 @@ def _open(path: Path) -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
         found = int(loaded.glm_abi())
     except (OSError, AttributeError) as error:
-        raise KernelsError(f"{path.name} cannot be loaded: {error}") from error
+        raise KernelsError(f"{path.name} cannot be loaded: {error}", hint=f"delete {path}") from error
     if found != ABI:
         raise KernelsError(f"{path.name} has interface {found}, expected {ABI}", hint=f"delete {path}")
     return loaded
@@ -185,7 +185,9 @@ def build(level: str) -> Path:
 
 def _prepare(level: str) -> tuple[Path, Record]:
     if platform.system() == "Windows":
-        raise KernelsError("there is no native code for Windows")
+        raise KernelsError(
+            "there is no native code for Windows", hint="torch computes instead, more slowly; WSL has native code"
+        )
     folder, compiler = cache_folder(), find_compiler()
     flags = [*_FLAGS, *compiler_flags(level)]
     stem = f"glm-{level}-{_sources_digest(flags)}"

@@ -110,7 +110,10 @@ def scheme_of(config: Any) -> Scheme | None:
         return None
     method = values.get("quant_method")
     if method != METHOD:
-        raise ConfigError(f"quantization_config: quant_method is {method!r:.80}, expected {METHOD!r}")
+        raise ConfigError(
+            f"quantization_config: quant_method is {method!r:.80}, expected {METHOD!r}",
+            hint="load the unquantised checkpoint",
+        )
     name = values.get("scheme")
     problems = [f"unknown key {key!r:.80}={values[key]!r:.80}" for key in values if key not in _KEYS]
     if values.get("version") != VERSION:

@@ -59,6 +59,8 @@ Location = tuple[str, ...]
 AnyRecipe = TypeVar("AnyRecipe", Recipe, PretrainRecipe, EvaluationRecipe)
 VERBS: dict[type[BaseModel], str] = {Recipe: "finetune", PretrainRecipe: "pretrain", EvaluationRecipe: "evaluate"}
 """Every kind of recipe, and the verb of the command that runs it."""
+_MOST_BYTES = 2**18  # of a recipe, by far
+_MOST_ALIASES = 20  # each may double what the file says
 _MARKS: dict[type[BaseModel], str] = {PretrainRecipe: "corpus", EvaluationRecipe: "evaluate"}
 """The block that shows the kind; a recipe without one of them is for tuning."""
 
@@ -85,13 +87,23 @@ def load_recipe(
     """
     name, text = ("the settings", "{}\n") if path_or_name is None else _recipe_text(path_or_name, kind)
     try:
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
+            raise ValueError(f"more than {_MOST_ALIASES} references to other places of the file")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{name} is not valid YAML: {error}") from None
+        places = _lines(tree, name) if isinstance(content, dict) else {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also a date or a number that is none
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"{name} is not valid YAML: {error}", hint="glm recipe copy NAME writes a recipe to begin with"
+        ) from None
     if not isinstance(content, dict):
-        raise UsageError(f"{name} must hold the blocks {', '.join(kind.model_fields)}")
-    lines = {_own_location(location, kind): line for location, line in _lines(tree, name).items()}
+        raise UsageError(
+            f"{name} must hold the blocks {', '.join(kind.model_fields)}",
+            hint="glm recipe copy NAME writes a recipe to begin with",
+        )
+    lines = {_own_location(location, kind): line for location, line in places.items()}
     content = _with_own_names(content, kind)
     origins: dict[Location, str] = {}
     for override in overrides:
@@ -131,7 +143,7 @@ def _recipe_text(path_or_name: str | Path, kind: type[BaseModel]) -> tuple[str, 
     path = Path(path_or_name)
     packaged = resources.files("glmkit") / "recipes" / f"{path_or_name}.yaml"
     if path.is_file():
-        name, text = str(path), path.read_text(encoding="utf-8")
+        name, text = str(path), _file_text(path)
     elif path.name == str(path_or_name) and packaged.is_file():
         name, text = f"recipe {path_or_name}", packaged.read_text(encoding="utf-8")
     else:
@@ -144,6 +156,19 @@ def _recipe_text(path_or_name: str | Path, kind: type[BaseModel]) -> tuple[str, 
         what = f"a block {_MARKS[found]!r}" if found in _MARKS else f"no block {_MARKS[kind]!r}"
         raise UsageError(f"{name} has {what}: expected another kind", hint=f"glm {VERBS[found]} {path_or_name}")
     return name, text
+
+
+def _file_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UsageError(f"{path} has more than {_MOST_BYTES:,} bytes: it is no recipe")
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}", hint="save the file as UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def blocks_of(kind: type[BaseModel]) -> dict[str, type[Block]]:
@@ -169,7 +194,7 @@ def _override(override: str, kind: type[BaseModel]) -> tuple[Location, Any]:
         raise UsageError(f"{override!r}: {unknown_key(key, (), kind)}")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # also what looks like a date and is none
         value = text
     block = blocks_of(kind).get(location[0])
     field = block.model_fields.get(location[1]) if block is not None and len(location) == 2 else None
@@ -243,10 +268,12 @@ def unknown_key(key: str, within: Location, kind: type[BaseModel]) -> str:
     found = _closest(key, here, every, 0.6) or _closest(key, [*dotted, *foreign], every, 0.75)
     if found is None:
         return f"there is no key {key!r}; known are {', '.join(own)}"
-    here_too = " here" if found not in here and key in every.values() else ""
+    known_elsewhere = found not in here and key in every.values()
+    missing = f"there is no key {key!r} here" if known_elsewhere else f"there is no key {key!r}"
     meant = ".".join(_own_location(tuple(found.split(".")), kind))
-    note = "" if meant == found else f" (that is {meant})"
-    return f"there is no key {key!r}{here_too}; did you mean {found!r}{note}?"
+    if meant == found:
+        return f"{missing}; did you mean {found!r}?"
+    return f"{missing}; did you mean {found!r} (that is {meant})?"
 
 
 def _closest(key: str, candidates: Sequence[str], names: dict[str, str], cutoff: float) -> str | None:
@@ -277,7 +304,7 @@ def _problem(
             location = (location[0], next((name for name in fields if fields[name].is_required()), next(iter(fields))))
         return f"{where}: {'.'.join(location)} is missing; set it in the file or with {'.'.join(location)}=..."
     message = item["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(item["input"], dict | BaseModel) else f", found {item['input']!r}"
+    found = "" if isinstance(item["input"], dict | BaseModel) else f", found {item['input']!r:.400}"
     key = f"{'.'.join(location)}: " if location else ""  # none: several blocks do not fit together
     return f"{where}: {key}{message}{found}"
 

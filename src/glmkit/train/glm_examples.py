@@ -227,9 +227,12 @@ def seq2seq_examples(
             problems.append(f"  - {where}: {error.message}")
     if problems:
         shown = "\n".join(problems[:_SHOWN_PROBLEMS])
-        raise DataError(f"{len(problems)} of {len(problems) + len(examples)} rows of {path} cannot be used:\n{shown}")
+        raise DataError(
+            f"{len(problems)} of {len(problems) + len(examples)} rows of {path} cannot be used:\n{shown}",
+            hint="correct these rows, or take them out",
+        )
     if not examples:
-        raise DataError(f"{path} has no records")
+        raise DataError(f"{path} has no records", hint="docs/data.md shows the forms")
     return Examples(examples)
 
 

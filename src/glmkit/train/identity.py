@@ -28,16 +28,17 @@ _LENGTH = "the run ends at the new number of steps, and the learning rate falls 
 _OPTIMIZER = "holds from the next step on; the optimizer's moments stay"
 _ROUNDING = "the same training, with other rounding: not bit-equal to the run as it was begun"
 _JUDGEMENT = "counts validations from now on"
-_WITH_EFFECT = {
-    **dict.fromkeys(("learning_rate", "lr_scheduler_type", "lr_min_ratio", "lr_decay_steps"), _SCHEDULE),
-    **dict.fromkeys(("warmup_ratio", "warmup_steps"), _SCHEDULE),
-    **dict.fromkeys(("max_steps", "num_train_epochs"), _LENGTH),
-    **dict.fromkeys(("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"), _OPTIMIZER),
-    **dict.fromkeys(("bf16", "fp16", "gradient_checkpointing", "loss_chunk_tokens"), _ROUNDING),
-    **dict.fromkeys(("metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"), _JUDGEMENT),
-}
 _EFFECTS = {
-    **{("train", key): effect for key, effect in _WITH_EFFECT.items()},
+    **{("train", key): _SCHEDULE for key in ("learning_rate", "lr_scheduler_type", "lr_min_ratio", "lr_decay_steps")},
+    ("train", "warmup_ratio"): _SCHEDULE,
+    ("train", "warmup_steps"): _SCHEDULE,
+    ("train", "max_steps"): _LENGTH,
+    ("train", "num_train_epochs"): _LENGTH,
+    **{("train", key): _OPTIMIZER for key in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")},
+    ("train", "max_grad_norm"): _OPTIMIZER,
+    **{("train", key): _ROUNDING for key in ("bf16", "fp16", "gradient_checkpointing", "loss_chunk_tokens")},
+    **{("train", key): _JUDGEMENT for key in ("metric_for_best_model", "load_best_model_at_end")},
+    ("train", "early_stopping_patience"): _JUDGEMENT,
     ("method", "lora_dropout"): "holds from the next step on",
     ("model", "dtype"): _ROUNDING,
 }
@@ -106,8 +107,9 @@ def compare(
         hint = "continue with the same settings, or choose another output.dir="
         if not refused:
             hint = "continue with the same settings, or add --allow-change"
-        lines = [f"  - {text}" + (f" (with --allow-change: {effect})" if effect else "") for text, effect in found]
-        raise RunRefusedError(f"the run in {folder} was started differently:\n" + "\n".join(lines), hint=hint)
+        said = [f"{text} (with --allow-change: {effect})" if effect else text for text, effect in found]
+        listed = "\n".join(f"  - {one}" for one in said)
+        raise RunRefusedError(f"the run in {folder} was started differently:\n{listed}", hint=hint)
     return [f"{text}: {effect}" for text, effect in found]
 
 

@@ -113,7 +113,10 @@ class FullMethod:
                     parameters[name].copy_(tensor)
                     missing.discard(name)
         if missing:
-            raise TrainingError(f"{folder} lacks {len(missing)} tensors, for instance {min(missing)}")
+            raise TrainingError(
+                f"{folder} lacks {len(missing)} tensors, for instance {min(missing)}",
+                hint="move this checkpoint away; --resume goes on from the one before it",
+            )
 
     def describe(self) -> str:
         """Say in one line what learns."""

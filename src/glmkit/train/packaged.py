@@ -88,6 +88,19 @@ def packaged_file(name: str) -> Path | None:
     return next((file for file in wanted if file.is_file()), None)
 
 
+def named_file(name: str) -> Path:
+    """Find a file of the user's, or else one that comes with the package.
+
+    Args:
+        name: A path, or the name of a file in the package.
+
+    Returns:
+        Its path; that of `name` where there is neither.
+    """
+    own = Path(name)
+    return own if own.is_file() else packaged_file(name) or own
+
+
 def recipe_text(name: str) -> str:
     """Return what a recipe of the package says.
 

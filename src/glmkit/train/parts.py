@@ -134,7 +134,10 @@ def read_parts(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
             state[number] = entry
     wrong = [f"{key}: {list(shapes[key])}" for key, tensor in wanted.items() if shapes[key] != tensor.shape]
     if wrong:
-        raise TrainingError(f"{folder} has tensors of other shapes than the model, for instance {wrong[0]}")
+        raise TrainingError(
+            f"{folder} has tensors of other shapes than the model, for instance {wrong[0]}",
+            hint="move this checkpoint away; --resume goes on from the one before it",
+        )
     fill(folder / PARTS, wanted)
     _put_moments(optimizer, state)
 
@@ -199,7 +202,10 @@ def fill(parts: Path, tensors: Named) -> None:
 def _check(needed: Iterable[str], shapes: Mapping[str, torch.Size], folder: Path) -> None:
     missing = [key for key in needed if key not in shapes]
     if missing:
-        raise TrainingError(f"{folder} lacks {len(missing)} tensors, for instance {missing[0]}")
+        raise TrainingError(
+            f"{folder} lacks {len(missing)} tensors, for instance {missing[0]}",
+            hint="move this checkpoint away; --resume goes on from the one before it",
+        )
 
 
 def _put_moments(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:

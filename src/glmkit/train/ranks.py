@@ -72,7 +72,7 @@ def strategy_of(recipe: RunRecipe) -> str:
     if block.deepspeed is not None and block.strategy not in ("auto", "deepspeed"):
         raise UsageError(
             f"distributed.deepspeed={block.deepspeed} and distributed.strategy={block.strategy} contradict each other",
-            hint="leave one of them out",
+            hint="leave one of them out; distributed.deepspeed=null takes away what a recipe says",
         )
     if block.strategy == "deepspeed" and block.deepspeed is None:
         raise UsageError(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,11 +12,12 @@ from torch import nn
 
 from glmkit.engine.probe import probe_logits
 from glmkit.errors import OutputError
+from glmkit.fresh import in_new_process
 from glmkit.loading import load
 from glmkit.train.arguments import ModelBlock
 from glmkit.writing import save_tensors
 
-_CODE = "from glmkit.train.reopened import answer; answer()"
+_WRITE_AGAIN = "the checkpoints are whole; --resume writes the result again"
 _ROUNDINGS = 16  # how many units of the frozen weights' rounding the logits may be away, relative to their size
 
 
@@ -59,32 +56,30 @@ def compare_result(model: nn.Module, block: ModelBlock, result: Path) -> str:
         model.train(was_training)
     with tempfile.TemporaryDirectory() as folder:
         save_tensors(folder, {"logits": expected}, file_name="probe.safetensors")
-        done = subprocess.run(
-            [sys.executable, "-c", _CODE],
-            input=json.dumps({**order, "probe": f"{folder}/probe.safetensors"}),
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONSAFEPATH": "1"},
+        apart = in_new_process(
+            "glmkit.train.reopened:difference", {**order, "probe": f"{folder}/probe.safetensors"}, hint=_WRITE_AGAIN
         )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    limit = max(1e-4, _ROUNDINGS * torch.finfo(dtype).eps)
+    if not apart <= limit:
         raise OutputError(
-            f"{result} was written, but cannot be opened again: {last[:500]}", hint="try glm finetune --resume"
-        )
-    difference, limit = float(done.stdout.split()[-1]), max(1e-4, _ROUNDINGS * torch.finfo(dtype).eps)
-    if not difference <= limit:
-        raise OutputError(
-            f"{result} was written, but is not what was trained: its logits differ by {difference:.2%} of their size, "
+            f"{result} was written, but is not what was trained: its logits differ by {apart:.2%} of their size, "
             f"expected at most {limit:.2%}",
-            hint="the checkpoints are whole; --resume writes the result again",
+            hint=_WRITE_AGAIN,
         )
-    return f"the same logits in a new process (largest part that differs: {difference:.1e} of their size)"
+    return f"the same logits in a new process (largest part that differs: {apart:.1e} of their size)"
 
 
-def answer() -> None:
-    """Do the new process's part: read the order from stdin, print how far the logits are from the trained model's."""
-    order = json.load(sys.stdin)
-    expected = load_file(order.pop("probe"))["logits"]
-    path = order.pop("path")
-    found = probe_logits(load(path, **order).model)
-    print(float((found - expected).norm() / (expected - expected.mean()).norm()))
+def difference(path: str, probe: str, **options: Any) -> float:
+    """Does the new process's part: compares what is loaded with the trained model's logits.
+
+    Args:
+        path: Folder of the model.
+        probe: File of the logits.
+        **options: What else `glmkit.load` takes.
+
+    Returns:
+        How far they are apart, relative to their size.
+    """
+    expected = load_file(probe)["logits"]
+    found = probe_logits(load(path, **options).model)
+    return float((found - expected).norm() / (expected - expected.mean()).norm())

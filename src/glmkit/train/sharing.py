@@ -19,6 +19,8 @@ from torch import nn
 from glmkit import hf
 from glmkit.errors import UsageError
 from glmkit.train.arguments import Recipe
+from glmkit.train.packaged import named_file
+from glmkit.train.ranks import strategy_of
 from glmkit.train.zero_config import stage_of
 
 _GATHERED_BLOCKS = 2  # that stand whole at once: one computes, the next arrives
@@ -81,13 +83,14 @@ class Sharing:
             world: Number of processes.
 
         Raises:
-            UsageError: Its deepspeed.json cannot be read.
+            UsageError: Its deepspeed.json cannot be read, or its settings contradict each other.
         """
+        strategy_of(recipe)
         block, train = recipe.distributed, recipe.train
         computes = torch.bfloat16 if train.bf16 else torch.float16 if train.fp16 else None
         part, where = 1 / world, f"{world} processes"
         if block.deepspeed is not None:
-            config = _read(Path(block.deepspeed))
+            config = _read(named_file(block.deepspeed))
             stage, zero = stage_of(config), config.get("zero_optimization") or {}
             narrow = computes if any((config.get(kind) or {}).get("enabled") for kind in ("bf16", "fp16")) else None
             return cls(

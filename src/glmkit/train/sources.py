@@ -295,7 +295,9 @@ class Blanks:
         Raises:
             UsageError: Always.
         """
-        raise UsageError("train.max_steps is missing: a corpus is a stream without an end")
+        raise UsageError(
+            "train.max_steps is missing: a corpus is a stream without an end", hint="for instance train.max_steps=1000"
+        )
 
     def windows(self, place: Place, batches: int) -> Iterator[Window]:
         """Yield windows from a batch on.

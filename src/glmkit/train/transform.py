@@ -79,7 +79,9 @@ def transform(
     beside = None if model is None else Path(model).expanduser()
     if is_deepspeed(place):
         if ranks is not None:
-            raise UsageError("--ranks is for checkpoints of glmkit; a checkpoint of DeepSpeed is merged")
+            raise UsageError(
+                "--ranks is for checkpoints of glmkit; a checkpoint of DeepSpeed is merged", hint="leave out --ranks"
+            )
         return _merge_deepspeed(place, Path(target), beside or place, overwrite)
     if not (place / "state.json").is_file() and checkpoints(place):
         place = checkpoints(place)[0]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from glmkit.errors import MissingDependencyError
 from glmkit.train.arguments import RunRecipe
-from glmkit.train.packaged import packaged_file
+from glmkit.train.packaged import named_file
 from glmkit.train.parts import PARTS, WEIGHTS, names_in_order, read_whole, write_steps
 from glmkit.train.processes import MakeOptimizer
 from glmkit.train.ranks import LossOf, Place, Several
@@ -54,10 +54,7 @@ class Zero(Several):
         # Sums in shared memory, for which a compiler would run at the first start; gloo does without.
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
         assert recipe.distributed.deepspeed is not None
-        file = Path(recipe.distributed.deepspeed)
-        if not file.is_file():
-            file = packaged_file(recipe.distributed.deepspeed) or file
-        self._config = read_config(file, recipe, place.world)
+        self._config = read_config(named_file(recipe.distributed.deepspeed), recipe, place.world)
         self.stage = stage_of(self._config)
         self.whole = self.stage < 3
 

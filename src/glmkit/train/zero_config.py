@@ -86,9 +86,11 @@ def _read(file: Path) -> Values:
             f"distributed.deepspeed: {file} cannot be read: {error.strerror}", hint="the path of a deepspeed.json"
         ) from None
     except ValueError as error:
-        raise UsageError(f"distributed.deepspeed: {file} is no JSON: {error}") from None
+        raise UsageError(
+            f"distributed.deepspeed: {file} is no JSON: {error}", hint="glm recipe copy deepspeed_zero2"
+        ) from None
     if not isinstance(content, dict):
-        raise UsageError(f"distributed.deepspeed: {file} holds no JSON object")
+        raise UsageError(f"distributed.deepspeed: {file} holds no JSON object", hint="glm recipe copy deepspeed_zero2")
     return content
 
 

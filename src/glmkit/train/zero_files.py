@@ -30,6 +30,7 @@ _STATES = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 _MODEL = re.compile(r"(zero_pp_rank_(\d+)_)?mp_rank_00_model_states\.pt")
 _PREFIXES = ("module.", "model.")
 _PARTS = {"single_partition_of_fp32_groups": 2, "fp32_flat_groups": 3}
+_CURE = "give the whole folder that DeepSpeed wrote, with the files of all processes"
 
 Fetch = Callable[[], Tensor]
 
@@ -61,16 +62,20 @@ class ZeroFiles:
         self._memory: dict[Path, mmap.mmap] = {}
         states, models = self._numbered(_STATES, 2), self._numbered(_MODEL, 2)
         if not models:
-            raise CheckpointError(str(self._place), ["no …_model_states.pt"])
+            raise CheckpointError(str(self._place), ["no …_model_states.pt"], hint=_CURE)
         found = [(path, self._open(path)) for path in states]
         optimizers = [content.get("optimizer_state_dict") or {} for _, content in found]
         key = next((key for key in _PARTS if all(key in optimizer for optimizer in optimizers)), None)
         if key is None:
-            raise CheckpointError(str(self._place), ["the optimizer's files have no float32 weights of ZeRO 1, 2 or 3"])
+            raise CheckpointError(
+                str(self._place), ["the optimizer's files have no float32 weights of ZeRO 1, 2 or 3"], hint=_CURE
+            )
         count = optimizers[0].get("partition_count", len(found))
         count = max(count) if isinstance(count, list) else count
         if count != len(found):
-            raise CheckpointError(str(self._place), [f"{len(found)} files …_optim_states.pt, expected {count}"])
+            raise CheckpointError(
+                str(self._place), [f"{len(found)} files …_optim_states.pt, expected {count}"], hint=_CURE
+            )
         self._world = len(found)
         self._flat = [(path, self._groups(path, o[key])) for (path, _), o in zip(found, optimizers)]
         self._models = [(path, self._open(path)) for path in models]
@@ -81,7 +86,7 @@ class ZeroFiles:
             (self._third if self.stage == 3 else self._second)()
             self._unlearnt()
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise CheckpointError(str(self._place), [f"not as DeepSpeed writes it: {error}"]) from error
+            raise CheckpointError(str(self._place), [f"not as DeepSpeed writes it: {error}"], hint=_CURE) from error
         self._strip()
 
     def tensor(self, name: str) -> Tensor:
@@ -108,7 +113,9 @@ class ZeroFiles:
     def _groups(self, path: Path, value: Any) -> list[BinTensor]:
         groups = value if isinstance(value, list) else [value]
         if not all(isinstance(group, BinTensor) and len(group.shape) == 1 for group in groups):
-            raise CheckpointError(str(self._place), [f"{path.name}: the float32 weights are no rows of numbers"])
+            raise CheckpointError(
+                str(self._place), [f"{path.name}: the float32 weights are no rows of numbers"], hint=_CURE
+            )
         return groups
 
     def _read(self, path: Path, tensor: BinTensor) -> Tensor:
@@ -223,6 +230,8 @@ def _iteration(folder: Path) -> Path:
     if latest.is_file():
         tag = latest.read_text(encoding="utf-8", errors="replace").strip()
         if tag in ("", ".", "..") or "/" in tag or "\\" in tag:
-            raise CheckpointError(str(folder), [f"latest names {printable(tag)!r}, which is no folder here"])
+            raise CheckpointError(
+                str(folder), [f"latest names {printable(tag)!r}, which is no folder here"], hint=_CURE
+            )
         return folder / tag
     return folder

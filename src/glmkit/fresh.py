@@ -22,7 +22,12 @@ print("\\n" + json.dumps(found))
 
 
 def in_new_process(
-    function: str, arguments: Mapping[str, Any], *, forbidden: tuple[str, ...] = (), light: bool = False
+    function: str,
+    arguments: Mapping[str, Any],
+    *,
+    forbidden: tuple[str, ...] = (),
+    light: bool = False,
+    hint: str = "nothing was kept",
 ) -> Any:
     """Calls a function in a new process, which knows nothing but its arguments.
 
@@ -31,6 +36,7 @@ def in_new_process(
         arguments: What can be said as JSON.
         forbidden: Packages that may not be imported there; a machine without them is imitated so.
         light: Whether `import glmkit` leaves out registering with transformers, as the command does.
+        hint: What became of what was written, and what to do, if the process fails.
 
     Returns:
         What the function returned, which must be plain values.
@@ -49,5 +55,5 @@ def in_new_process(
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise OutputError(f"what was written could not be opened again: {last[:500]}", hint="nothing was kept")
+        raise OutputError(f"what was written could not be opened again: {last[:500]}", hint=hint)
     return json.loads(done.stdout.splitlines()[-1])
