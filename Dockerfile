@@ -34,7 +34,7 @@ COPY --from=wheel /wheels /wheels
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir "$(echo /wheels/*.whl)[web,train]" && rm -rf /wheels
 USER 1000
-WORKDIR /home/glm
+WORKDIR /data
 
 FROM base AS cpu
 # The address of torch's CPU builds, as pytorch.org names it; without it pip takes the CUDA build, which works too but is
@@ -46,4 +46,4 @@ RUN pip install --no-cache-dir ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"
     && pip install --no-cache-dir "$(echo /wheels/*.whl)[web,train]" \
     && rm -rf /wheels
 USER 1000
-WORKDIR /home/glm
+WORKDIR /data

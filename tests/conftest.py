@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from glmkit.export.fresh import in_new_process
+from glmkit.fresh import in_new_process
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +20,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Con
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         cache = getattr(pytestconfig, "cache", None)  # the same for all workers; missing with -p no:cacheprovider
         patch.setenv("GLMKIT_CACHE", str(cache.mkdir("glmkit") if cache else tmp_path_factory.mktemp("kernels")))
+        patch.setenv("GLMKIT_LANG", "en")  # whatever the machine speaks
         yield
 
 

@@ -17,7 +17,6 @@ from glmkit.engine import (
     NO_TOKEN,
     CancelToken,
     SamplingOptions,
-    Usage,
     decode,
     generate_batch,
     new_cache,
@@ -178,9 +177,6 @@ def test_usage_comes_with_the_last_step():
     assert (usage.cached_tokens, usage.prompt_tokens, usage.completion_tokens) == (0, 2, 3)
     assert usage.prefill_seconds > 0
     assert usage.decode_seconds > 0
-    assert Usage(0, 100, 11, 2.0, 5.0).prefill_tokens_per_second == 50
-    assert Usage(0, 100, 11, 2.0, 5.0).decode_tokens_per_second == 2
-    assert Usage(0, 0, 0, 0.0, 0.0).prefill_tokens_per_second == 0
 
 
 def test_the_context_shortens_the_answer(model):

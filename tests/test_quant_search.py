@@ -16,7 +16,7 @@ from glmkit.chat.messages import Message
 from glmkit.chat.templates import conversation_ids
 from glmkit.data.calibration import calibration_batches
 from glmkit.errors import DataError, UsageError
-from glmkit.evaluate.perplexity import perplexity, token_losses
+from glmkit.evaluate.perplexity import perplexity
 from glmkit.loading import load
 from glmkit.quant import search
 from glmkit.quant.gptq import inverse_factor, quantize_gptq, quantize_model_gptq
@@ -402,17 +402,6 @@ def test_perplexity_by_hand(nano: Any) -> None:
     assert whole.tokens == 12
     wanted = [surprise(text[:place], text[place]) for place in range(1, 13)]
     assert math.isclose(whole.value, math.exp(sum(wanted) / 12), rel_tol=1e-5)
-
-
-def test_losses_stand_where_the_targets_are(nano: Any) -> None:
-    model, _ = nano
-    ids = torch.randint(300, 6000, (2, 9), generator=torch.Generator().manual_seed(7))
-    labels = torch.where(torch.arange(9) % 3 == 0, ids, -100)
-    losses = token_losses(model, ids, labels)
-    assert (losses != 0).tolist() == [[(place + 1) % 3 == 0 for place in range(8)]] * 2
-    total, targets = model.label_loss(ids, labels)
-    assert targets == 4
-    assert math.isclose(losses.sum().item(), total.item(), rel_tol=1e-5)
 
 
 def test_perplexity_says_what_it_cannot_measure(nano: Any) -> None:

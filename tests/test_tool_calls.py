@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from glmkit.data.records import Record
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError
 from glmkit.evaluate import tasks
-from glmkit.evaluate.tool_calls import evaluate_tool_calls, judge, turns
+from glmkit.evaluate.results import interval
+from glmkit.evaluate.tool_calls import ToolCalls, judge, turns
+from glmkit.loading import Loaded
 from glmkit.tokenizers.chatglm2 import ChatGLMTokenizer
 from tiny import train_tokenizer
 
@@ -34,6 +37,15 @@ DIALOGUE = (
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatGLMTokenizer:
     return ChatGLMTokenizer(train_tokenizer(tmp_path_factory.mktemp("words") / "tokenizer.model"), generation=3)
+
+
+def figures_of(tokenizer: ChatGLMTokenizer, context: int, asked: list[Record], **how: Any) -> dict[str, Any]:
+    """All counts and shares of a model whose replies `tasks.generate_batch` stands for."""
+    config = SimpleNamespace(max_position_embeddings=context)
+    loaded = Loaded(SimpleNamespace(config=config), tokenizer, None, config, Path())
+    task = ToolCalls(lambda: asked, **how)
+    rows = task.answer(loaded, task.items(loaded), 0, None)
+    return {**task.notes(rows), **{one.name: interval(one, samples=1).value for one in task.figures(rows)}}
 
 
 def records() -> list[Record]:
@@ -72,10 +84,6 @@ def test_replies_count_as_what_they_are(tokenizer: ChatGLMTokenizer) -> None:
 def test_shares_are_of_the_turns_that_fit(
     tokenizer: ChatGLMTokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    class Model:
-        class config:
-            max_position_embeddings = 400
-
     long = Message("user", "very " * 400)
     asked = [*records(), *records(), Record((DIALOGUE[0], long, *DIALOGUE[2:4]), (False, False, True, True), "a:2")]
     replies = [
@@ -85,7 +93,7 @@ def test_shares_are_of_the_turns_that_fit(
         say(tokenizer, text="It rains."),
     ]
     monkeypatch.setattr(tasks, "generate_batch", lambda model, prompts, *_, **__: replies[: len(prompts)])
-    found = evaluate_tool_calls(Model(), tokenizer, asked, max_new_tokens=40)
+    found = figures_of(tokenizer, 400, asked, max_new_tokens=40)
     assert found == {
         "call_turns": 2,
         "text_turns": 2,
@@ -99,10 +107,6 @@ def test_shares_are_of_the_turns_that_fit(
 
 
 def test_replies_are_sampled_if_that_is_asked_for(tokenizer: ChatGLMTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Model:
-        class config:
-            max_position_embeddings = 4000
-
     asked: list[SamplingOptions] = []
 
     def generate(model: Any, prompts: list[list[int]], options: SamplingOptions, **_: Any) -> list[list[int]]:
@@ -110,8 +114,8 @@ def test_replies_are_sampled_if_that_is_asked_for(tokenizer: ChatGLMTokenizer, m
         return [[] for _ in prompts]
 
     monkeypatch.setattr(tasks, "generate_batch", generate)
-    evaluate_tool_calls(Model(), tokenizer, records())
-    evaluate_tool_calls(Model(), tokenizer, records(), options=SamplingOptions(temperature=0.5, top_p=0.7, seed=3))
+    figures_of(tokenizer, 4000, records())
+    figures_of(tokenizer, 4000, records(), options=SamplingOptions(temperature=0.5, top_p=0.7, seed=3))
     assert [(options.temperature, options.top_p, options.seed) for options in asked] == [
         (0.0, 1.0, None),
         (0.5, 0.7, 3),

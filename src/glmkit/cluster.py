@@ -63,7 +63,10 @@ def make_table(
     numbers = range(first, end)
     ips = list(device_ips) if device_ips is not None else _device_ips(numbers, addresses or _ADDRESSES_FILE)
     if len(ips) != len(numbers):
-        raise UsageError(f"{len(ips)} addresses for {len(numbers)} devices; expected one for each")
+        raise UsageError(
+            f"{len(ips)} addresses for {len(numbers)} devices; expected one for each",
+            hint="--device-ip for each device",
+        )
     entries = [
         {"device_id": str(number), "device_ip": _address(ip, f"device {number}"), "rank_id": str(rank)}
         for rank, (number, ip) in enumerate(zip(numbers, ips))
@@ -82,7 +85,9 @@ def merge_tables(tables: Sequence[Table]) -> Table:
         UsageError: There are fewer than two.
     """
     if len(tables) < 2:
-        raise UsageError(f"{len(tables)} table to merge; expected two or more")
+        raise UsageError(
+            f"{len(tables)} table to merge; expected two or more", hint="glm cluster merge FIRST.json SECOND.json"
+        )
     servers: list[dict[str, Any]] = []
     rank = 0
     for server in (server for table in tables for server in table["server_list"]):
@@ -108,7 +113,7 @@ def read_table(path: str | Path) -> Table:
             raise DataError(f"{path} is larger than any rank table", hint="a file as glm cluster rank-table writes it")
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read as JSON: {error}") from None
+        raise DataError(f"{path} cannot be read as JSON: {error}", hint="glm cluster rank-table makes one") from None
     check_table(table, str(path))
     checked: Table = table
     return checked

@@ -8,12 +8,12 @@ say is None.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from glmkit.errors import UsageError
+from glmkit.machine import free_memory_bytes
 
 NAMES = {
     "cuda": "NVIDIA CUDA",
@@ -130,6 +130,11 @@ def described() -> list[dict[str, Any]]:
     return found
 
 
+def cuda_version() -> str | None:
+    """The version of CUDA that torch was built for; None if it is another build."""
+    return torch.version.cuda
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Memory that is free here and now, for one process.
 
@@ -140,7 +145,7 @@ def free_bytes(device: torch.device) -> int | None:
         Bytes; None if nobody can tell, or there is no such device.
     """
     if device.type == "cpu":
-        return _free_host_bytes()
+        return free_memory_bytes()
     ask = getattr(_module(device), "mem_get_info", None)
     return int(ask(device)[0]) if ask is not None and exists(device) else None
 
@@ -194,16 +199,3 @@ def set_random_state(device: torch.device, state: torch.Tensor | None) -> None:
 def _module(device: torch.device) -> Any:
     """What torch, or an extension of it, has for a kind of device; None where it is not installed."""
     return getattr(torch, device.type, None)
-
-
-def _free_host_bytes() -> int | None:
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").is_file() else "max"
-        if limit != "max":
-            free = min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError, KeyError):
-        return None
-    return free

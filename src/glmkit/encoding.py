@@ -199,7 +199,7 @@ def encode(
     encoder = load_encoder(model) if isinstance(model, (str, Path)) else model
     tokenizer: Any = encoder.tokenizer
     if tokenizer is None:
-        raise UsageError("the model has no tokenizer, so text cannot be read")
+        raise UsageError("the model has no tokenizer, so text cannot be read", hint="name its folder: tokenizer=")
     network = _network(encoder.model)
     last = network.config.num_layers
     places = {layer: _place(layer, last) for layer in layers}

@@ -38,6 +38,7 @@ from glmkit.quant.official import quantize_model
 from glmkit.quant.schemes import scheme_of
 from glmkit.registration import LANGUAGE_MODELS, register
 from glmkit.shards import PartFolder
+from glmkit.translation import labelled, language
 from glmkit.weights import load_model
 
 Group = Any  # a torch.distributed process group, or None for the default one
@@ -416,8 +417,7 @@ def _fail(error: Exception) -> int:
         with contextlib.suppress(RuntimeError):  # the store may be gone with its owner
             is_first = _meeting_place()[0].add("failed", 1) == 1
     if is_first:
-        message, hint = (error.message, error.hint) if isinstance(error, GlmkitError) else (str(error), None)
-        print(f"error: {message}" + (f"\nhint: {hint}" if hint else ""), file=sys.stderr, flush=True)
+        print(labelled(error, language()), file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, GlmkitError) else 1
 
 

@@ -239,6 +239,6 @@ def _rooms(devices: Sequence[torch.device], memory: Mapping[Device, int] | None)
 
 def _free_bytes(device: torch.device) -> float:
     if not exists(device):
-        raise UsageError(f"{device}: there is no such device")
+        raise UsageError(f"{device}: there is no such device", hint="glm doctor says which devices this machine has")
     free = None if is_host(device) else free_bytes(device)
     return float("inf") if free is None else float(free)

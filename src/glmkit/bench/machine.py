@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glmkit import doctor
+from glmkit import machine as facts
 from glmkit.kernels.build import library, status
 
 _BUFFER_BYTES = 2**30  # no cache holds it
@@ -65,13 +65,13 @@ def description() -> dict[str, Any]:
     Returns:
         Plain values ready for JSON.
     """
-    native, processor = status(), doctor.cpu()
+    native, processor = status(), facts.cpu()
     return {
         "cpu": processor["name"],
         "cores": processor["cores"],
         "hardware_threads": processor["hardware_threads"],
-        "memory_bytes": doctor.memory_bytes("MemTotal"),
-        "huge_pages": doctor.huge_pages(),
+        "memory_bytes": facts.memory_bytes("MemTotal"),
+        "huge_pages": facts.huge_pages(),
         "threads": torch.get_num_threads(),
         "kernels": native.level,
         "features": list(native.features),

@@ -61,16 +61,6 @@ class Usage:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
 
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """Speed of reading the prompt."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Speed of writing, the first token aside: it came with the prompt."""
-        return max(0, self.completion_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
 
 @dataclass(frozen=True)
 class Step:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -433,11 +434,12 @@ def _not_finite(logits: Tensor, row: int, step: int) -> GenerationError:
 
 def _require(good: bool, name: str, value: Any, expected: str) -> None:
     if not good:
-        raise UsageError(f"{name}={value!r}: expected {expected}")
+        raise UsageError(f"{name}={value!r:.80}: expected {expected}")
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # Compared, not asked by `isfinite`, which fails for a whole number of 400 digits.
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= sys.float_info.max)  # type: ignore[operator]
 
 
 def _is_id(value: Any) -> bool:

@@ -80,7 +80,10 @@ def form_of(loaded: Loaded, wanted: str | None = None) -> Form:
     if wanted not in (None, "chat", "text"):
         raise UsageError(f"prompt={wanted!r}: expected chat or text")
     if loaded.tokenizer is None:
-        raise DataError(f"{loaded.path} has no tokenizer, so nothing can be asked")
+        raise DataError(
+            f"{loaded.path} has no tokenizer, so nothing can be asked",
+            hint="copy the tokenizer's files from the checkpoint's original repository",
+        )
     if loaded.tokenizer.generation == 0:
         if wanted is not None:
             raise UsageError(f"prompt={wanted!r}: {type(loaded.model).__name__} fills blanks", hint="leave it out")

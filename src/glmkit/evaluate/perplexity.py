@@ -18,11 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from glmkit.errors import DataError, UsageError
 from glmkit.evaluate.scoring import Frame, Passage, score_passages
-from glmkit.models.language_model import NO_TARGET, LanguageModelHead
 
 
 @dataclass(frozen=True)
@@ -116,31 +114,3 @@ def perplexity(
         raise DataError(f"a text of {len(text)} tokens has none to predict")
     losses = [-math.fsum(one.log_probabilities) for one in scored]
     return Perplexity(math.fsum(losses), sum(len(one.log_probabilities) for one in scored))
-
-
-@torch.no_grad()
-def token_losses(model: Any, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """The negative log-likelihood of every target, in nats; logits are made where a target is, only.
-
-    Args:
-        model: As in `perplexity`.
-        input_ids: (B, T) int64. Padding stands on the right.
-        labels: (B, T), not shifted: position t + 1 is the target of position t; -100 is no target.
-
-    Returns:
-        (B, T - 1) float32, 0 where there is no target.
-
-    Raises:
-        UsageError: The model predicts otherwise.
-    """
-    if not isinstance(model, LanguageModelHead) or model.config.model_type == "glm":
-        raise UsageError(
-            f"{type(model).__name__} has no perplexity of a text read from left to right",
-            hint="ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B have",
-        )
-    hidden = model.transformer(input_ids, use_cache=False, return_dict=True).last_hidden_state[:, :-1]
-    targets = labels[:, 1:].to(hidden.device)
-    chosen = targets != NO_TARGET
-    losses = torch.zeros(targets.shape, device=hidden.device)
-    losses[chosen] = F.cross_entropy(model.logits(hidden[chosen]).float(), targets[chosen].long(), reduction="none")
-    return losses

@@ -35,6 +35,7 @@ from glmkit.parallel import Ranks
 _NEW_TOKENS = 512
 _ANSWER = "-"  # stands where the answer would be, so that a question is read as a whole record is
 _SHOWN_PROBLEMS = 5
+_ROWS = 'a row is {"prompt": …}, {"content": …}, {"messages": […]}; --prompt-column names another field'
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,10 @@ class _Predict:
             shown = "\n".join(f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS])
             raise DataError(
                 f"{len(problems)} of {len(problems) + len(questions)} rows of {self._source} cannot be asked:\n{shown}",
-                hint='a row is {"prompt": …}, {"content": …}, {"messages": […]}; --prompt-column names another field',
+                hint=_ROWS,
             )
         if not questions:
-            raise DataError(f"{self._source} has no rows")
+            raise DataError(f"{self._source} has no rows", hint=_ROWS)
         return questions
 
     def _question(self, loaded: Loaded, row: Mapping[str, Any], messages: Sequence[Message]) -> _Question:

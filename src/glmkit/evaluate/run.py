@@ -95,7 +95,7 @@ def run(
     folder, ranks = Path(folder), ranks or Ranks(0, 1, loaded.device)
     items = task.items(loaded)[:limit]
     if not items:
-        raise DataError(f"{data or 'the data'} has no items for the task {task.name}")
+        raise DataError(f"{data or 'the data'} has no items for the task {task.name}", hint="check --data and --limit")
     weights = weights_hash(loaded.model)
     same = {**(identity or {}), "task": task.name, "weights": weights, **settings}
     found = answer_items(
@@ -306,13 +306,14 @@ def _check_identity(folder: Path, rows_file: Path, identity: Mapping[str, Any]) 
             hint="choose another output folder",
         ) from None
     differences = [
-        f"  - {key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
         for key in dict.fromkeys([*now, *before])
         if before.get(key) != now.get(key)
     ]
     if differences:
         raise DataError(
-            f"the predictions in {folder} were made differently ({_IDENTITY_FILE}):\n" + "\n".join(differences),
+            f"the predictions in {folder} were made differently ({_IDENTITY_FILE}):\n"
+            + "\n".join(f"  - {one}" for one in differences),
             hint="choose another output folder",
         )
 

@@ -161,10 +161,14 @@ def read_task_file(path: str | Path) -> TaskFile:
         raise DataError(f"there is no task file {path}", hint="check the path; it is relative to the current folder")
     try:
         content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also a date or a number that is none
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not valid YAML: {error}", hint="see docs/evaluation.md for the forms") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path} is no task file: expected name, type and path")
+        raise DataError(
+            f"{path} is no task file: expected name, type and path", hint="see docs/evaluation.md for the forms"
+        )
     said = {str(name).replace("-", "_"): value for name, value in content.items()}
     problems = [f"{name} is missing" for name in ("name", "type", "path") if name not in said]
     known = {one.name: one for one in fields(TaskFile)}
@@ -181,7 +185,10 @@ def read_task_file(path: str | Path) -> TaskFile:
         description = TaskFile(**values)
         problems = list(_contradictions(description))
     if problems:
-        raise DataError(f"{path} cannot be used:\n" + "\n".join(f"  - {one}" for one in sorted(problems)))
+        raise DataError(
+            f"{path} cannot be used:\n" + "\n".join(f"  - {one}" for one in sorted(problems)),
+            hint="see docs/evaluation.md for the forms",
+        )
     return description
 
 

@@ -276,7 +276,10 @@ def tokenizer_of(loaded: Loaded) -> Any:
         UsageError: There is none.
     """
     if loaded.tokenizer is None:
-        raise UsageError(f"{loaded.path} has no tokenizer, so no text can be read")
+        raise UsageError(
+            f"{loaded.path} has no tokenizer, so no text can be read",
+            hint="copy the tokenizer's files from the checkpoint's original repository",
+        )
     return loaded.tokenizer
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from glmkit.chat.messages import Message
@@ -27,7 +26,7 @@ from glmkit.data.records import Record
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.errors import DataError
 from glmkit.evaluate.adgen import chat_tokenizer, read_asked
-from glmkit.evaluate.results import Results, interval
+from glmkit.evaluate.results import Results
 from glmkit.evaluate.tasks import Figure, Row, Settings, write_answers
 from glmkit.loading import Loaded
 
@@ -242,42 +241,6 @@ def tool_results(results: Results) -> dict[str, Any]:
     """
     shares = {name: round(results.figures[name].value or 0.0, 2) for name in _SHARES}
     return {**results.notes, **shares}
-
-
-def evaluate_tool_calls(
-    model: Any,
-    tokenizer: Any,
-    records: Sequence[Record],
-    *,
-    options: SamplingOptions = _GREEDY,
-    max_new_tokens: int = _NEW_TOKENS,
-    batch_size: int = 32,
-    limit: int | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Any]:
-    """Ask for every turn and count the calls, in this process and without files.
-
-    Args:
-        model: The model, in eval mode.
-        tokenizer: Its tokenizer.
-        records: Dialogues with tools.
-        options: How tokens are chosen; greedily by default.
-        max_new_tokens: Longest reply in tokens.
-        batch_size: Replies written together.
-        limit: Use only the first turns.
-        progress: Called with the number of turns done.
-
-    Returns:
-        As `tool_results`.
-
-    Raises:
-        DataError: No dialogue has tools, or all are too long.
-    """
-    task = ToolCalls(lambda: records, options, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    loaded = Loaded(model, tokenizer, None, model.config, Path())
-    rows = task.answer(loaded, task.items(loaded)[:limit], 0, progress)
-    values = {figure.name: interval(figure, samples=1).value or 0.0 for figure in task.figures(rows)}
-    return {**task.notes(rows), **{name: round(values[name], 2) for name in _SHARES}}
 
 
 def judge(tokenizer: Any, turn: Turn, ids: Sequence[int]) -> list[str]:
