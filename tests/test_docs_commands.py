@@ -30,6 +30,7 @@ from glmkit import cli, verbs
 from glmkit.engine.decode import generate_batch, stream
 from glmkit.engine.sampling import SamplingOptions
 from glmkit.evaluate.catalogue import TASKS
+from glmkit.train.arguments import VERBS, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -199,6 +200,9 @@ def world(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
+NO_RUN = {"--resume", "--dry-run", "--preview", "--help", "--schema"}  # or none that begins anew
+
+
 def run(line: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs one command in this process, with as little work as shows that it works.
 
@@ -223,6 +227,12 @@ def run(line: str, whole: bool, monkeypatch: pytest.MonkeyPatch) -> int:
         text = subprocess.run(["bash", "-ec", given], capture_output=True, text=True, check=True, timeout=60).stdout
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8"))
     prepare(words)
+    if (
+        whole
+        and words[0] in ("finetune", "pretrain")
+        and not {"--resume", "--dry-run", "--preview", "--help", "--schema"} & set(words)
+    ):
+        make_room(words)
     code = cli.run([*words, *less(words, whole)])
     return 0 if words[0] == "doctor" and code == 1 else code  # 1: something is wrong with this machine
 
@@ -234,6 +244,10 @@ def less(words: list[str], whole: bool) -> list[str]:
         return []
     if verb in ("finetune", "pretrain"):
         steps = ["train.max_steps=1", "train.warmup_ratio=0", "train.per_device_train_batch_size=1"]
+        if any(word.startswith("method.num_layer_trainable=") for word in words):
+            steps.append("method.num_layer_trainable=2")  # of four
+        if words[1] == "glm_seq2seq":
+            steps += ["data.max_source_length=64", "data.max_target_length=32"]  # of the 256 that the model reads
         return [*steps, "train.gradient_accumulation_steps=1"] if whole else ["--dry-run"]
     if verb == "evaluate" and first not in TASKS and not first.endswith(".yaml"):
         return ["--dry-run"]  # recipes; tests/test_recipes.py runs them
@@ -242,6 +256,13 @@ def less(words: list[str], whole: bool) -> list[str]:
     limit = ["--limit", "2"] if verb == "evaluate" and "--limit" not in words else []
     writes = verb in ("chat", "predict") or first in ("adgen", "tools", "gsm8k")
     return [*limit, "--max-tokens", "4"] if writes and "--max-tokens" not in words else limit
+
+
+def make_room(words: list[str]) -> None:
+    """Removes the run of an earlier line, where a page shows several ways to begin the same one."""
+    kind = next(kind for kind, verb in VERBS.items() if verb == words[0])
+    recipe: Any = load_recipe(words[1], [word for word in words[2:] if re.match(r"output\.dir=", word)], kind)
+    shutil.rmtree(recipe.output.dir, ignore_errors=True)
 
 
 def prepare(words: list[str]) -> None:
