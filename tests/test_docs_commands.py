@@ -6,6 +6,7 @@ Commands of one page are run in its order in one folder, so that a later one fin
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -386,8 +388,8 @@ def test_start_page_in_a_shell(tmp_path: Path) -> None:
     server = subprocess.Popen([*command, "--port", port], cwd=tmp_path, env=environment)
     try:
         for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", int(port))) == 0:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ready") as ready:
+                if ready.status == 200:
                     break
             time.sleep(0.5)
         asked = ["bash", "-ec", asking.replace("8000", port)]

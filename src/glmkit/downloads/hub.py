@@ -145,13 +145,17 @@ def _places(file: RemoteFile, repository: str, to: Path | None, cache_dir: str |
     return blobs / file.digest, blobs / f"{file.digest}.incomplete"
 
 
+def _beside(path: Path) -> Path:
+    """A name that no other process uses, for what is renamed to `path` when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.new")
+
+
 def _link(blob: Path, name: Path) -> None:
     """Puts a blob into a snapshot as the client does: a relative link, or the file itself where there are no links."""
     name.parent.mkdir(parents=True, exist_ok=True)
     if name.exists() and name.resolve() == blob.resolve():
         return
-    fresh = name.with_name(f".{name.name}.new")
-    fresh.unlink(missing_ok=True)
+    fresh = _beside(name)
     try:
         fresh.symlink_to(os.path.relpath(blob, name.parent))
     except OSError:
@@ -165,7 +169,7 @@ def _write_ref(plan: Plan, cache_dir: str | None) -> None:
         return
     ref = cache_entry(plan.repository, cache_dir) / "refs" / plan.revision
     ref.parent.mkdir(parents=True, exist_ok=True)
-    fresh = ref.with_name(f".{ref.name}.new")
+    fresh = _beside(ref)
     fresh.write_text(plan.commit)
     os.replace(fresh, ref)
 
